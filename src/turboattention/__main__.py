@@ -1,0 +1,7 @@
+"""``python -m turboattention``."""
+
+import sys
+
+from turboattention.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,56 @@
+"""The typer app and its verbs."""
+
+import shlex
+from collections.abc import Sequence
+
+import typer
+
+from turboattention.cli.compare import compare
+from turboattention.cli.doctor import doctor
+from turboattention.cli.generate import generate
+from turboattention.cli.options import examples
+from turboattention.errors import InvalidInputError
+
+NAME = "turboattention"
+
+app = typer.Typer(
+    name=NAME,
+    help="Attention with a compressed key/value cache: measure it, use it, check this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command(
+    epilog=examples(
+        "turboattention compare",
+        "turboattention compare --preset turbo4 --preset turbo3 --tokens 4096 --html comparison.html",
+        "turboattention compare --model qwen2.5-coder-0.5b --text notes.txt --json comparison.json",
+    )
+)(compare)
+app.command(
+    epilog=examples(
+        'turboattention generate --chat --prompt "What is a lighthouse?"',
+        'turboattention generate --prompt "def quicksort(items):" --model qwen2.5-coder-0.5b --preset turbo3',
+        'turboattention generate --prompt "Once upon a time" --temperature 0.8 --seed 7 --json story.json',
+    )
+)(generate)
+app.command(
+    epilog=examples(
+        "turboattention doctor",
+        "turboattention doctor --json doctor.json",
+        "python -m turboattention doctor",
+    )
+)(doctor)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the app; usage errors become InvalidInputError. Returns the exit status."""
+    command = shlex.join([NAME, *arguments])
+    try:
+        status = app(args=list(arguments) or ["--help"], prog_name=NAME, standalone_mode=False, obj=command)
+    except typer.TyperException as error:
+        raise InvalidInputError(error.format_message()) from error
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    return status if isinstance(status, int) else 0

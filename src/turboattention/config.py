@@ -1,0 +1,155 @@
+"""Frozen configuration objects: how K and V are stored, how attention computes, and the presets by name."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from turboattention.errors import invalid
+from turboattention.quant.granularity import Granularity, PerChannel, PerGroup, PerToken
+
+BITS = (2, 3, 4, 8, 16)
+Metadata = Literal["two_level", "float16", "flashq"]
+OpenPageKind = Literal["exact", "int8_clamped"]
+SoftmaxKind = Literal["exact", "base2", "sas"]
+
+
+@dataclass(frozen=True)
+class TensorFormat:
+    """How K or V of one head is stored in full pages.
+
+    bits: bits of a code; 16 keeps float16 values and ignores the other fields.
+    granularity: which values share a scale.
+    metadata: ``two_level`` (float16 scales of the page times 8-bit scale and zero), ``float16`` (a float16 scale and
+        minimum each, as KIVI), ``flashq`` (arXiv 2412.08585: a symmetric 8-bit tile over 119, then integer scale and offset).
+    symmetric: codes stand for (code - (2^bits - 1) / 2) * scale, so that no zero is stored.
+    rotate: multiply by a Hadamard matrix over the channels first (spreads outliers; for per-token scales).
+    search: pick each range by the smallest squared error instead of minimum and maximum.
+    """
+
+    bits: int
+    granularity: Granularity = PerChannel()
+    metadata: Metadata = "two_level"
+    symmetric: bool = False
+    rotate: bool = False
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise invalid("bits", f"one of {', '.join(map(str, BITS))}", self.bits)
+        if self.metadata == "flashq" and (not isinstance(self.granularity, PerChannel) or self.symmetric):
+            raise invalid("metadata 'flashq'", "granularity PerChannel and symmetric=False", self.granularity)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How the key/value cache of a layer is stored.
+
+    key, value: formats of full pages.
+    page_size: tokens of a page (one quantisation block).
+    sink_tokens: first tokens of a sequence that are also kept exactly and read instead of their codes.
+    recent_window: this many most recent tokens stay exact; a page is compressed once all its tokens are older.
+    open_page: ``exact`` (the model's dtype, or float16 for a float32 model) or ``int8_clamped`` (the paper's decode
+        buffer: INT8 with one universal scale per head, larger values clamped).
+    low_priority_heads: share of the KV heads of a layer stored at ``low_bits``, chosen by the paper's priority
+        (gap x standard deviation of the channel ranges, lowest first).
+    """
+
+    key: TensorFormat
+    value: TensorFormat
+    page_size: int = 64
+    sink_tokens: int = 0
+    recent_window: int = 0
+    open_page: OpenPageKind = "exact"
+    low_priority_heads: float = 0.0
+    low_bits: int = 2
+
+    def __post_init__(self) -> None:
+        if self.page_size not in (32, 64, 128):
+            raise invalid("page_size", "32, 64 or 128 tokens", self.page_size)
+        if not 0 <= self.sink_tokens <= self.page_size:
+            raise invalid("sink_tokens", f"0 to page_size ({self.page_size})", self.sink_tokens)
+        if self.recent_window < 0:
+            raise invalid("recent_window", "0 or more tokens", self.recent_window)
+        if not 0.0 <= self.low_priority_heads <= 1.0:
+            raise invalid("low_priority_heads", "a share from 0 to 1", self.low_priority_heads)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How attention computes over the cache.
+
+    softmax: ``exact``; ``base2`` (polynomial exponential and exact skip of tiles that round to zero); ``sas`` (the paper's
+        table, cubic and cut at -6).
+    query_bits, probability_bits: 8 rounds Q per tile / P to INT8 as the paper does; 16 keeps them.
+    """
+
+    softmax: SoftmaxKind = "exact"
+    query_bits: Literal[8, 16] = 16
+    probability_bits: Literal[8, 16] = 16
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration: the cache's format and the attention's arithmetic."""
+
+    name: str
+    summary: str
+    cache: CacheConfig
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+
+def _turbo(name: str, summary: str, key: int, value: int, sinks: int = 4, window: int = 0) -> Preset:
+    return Preset(
+        name,
+        summary,
+        CacheConfig(
+            key=TensorFormat(key, PerChannel(), search=key <= 3),
+            value=TensorFormat(value, PerToken(), symmetric=True, rotate=True, search=True),
+            sink_tokens=sinks,
+            recent_window=window,
+        ),
+    )
+
+
+def _paper(name: str, summary: str, low_priority_heads: float) -> Preset:
+    stored = TensorFormat(4, PerChannel(), metadata="flashq")
+    cache = CacheConfig(key=stored, value=stored, open_page="int8_clamped", low_priority_heads=low_priority_heads)
+    return Preset(name, summary, cache, AttentionConfig(softmax="sas", query_bits=8, probability_bits=8))
+
+
+def _kivi(name: str, summary: str, bits: int) -> Preset:
+    key = TensorFormat(bits, PerChannel(), metadata="float16")
+    value = TensorFormat(bits, PerGroup(32), metadata="float16")
+    return Preset(name, summary, CacheConfig(key=key, value=value, page_size=32, recent_window=128))
+
+
+_EXACT = TensorFormat(16)
+_PRESETS = (
+    Preset("fp16", "nothing quantised: the test of the plumbing", CacheConfig(key=_EXACT, value=_EXACT)),
+    _turbo("int8", "8-bit K and V", 8, 8),
+    _turbo("turbo4", "4-bit K and V (default)", 4, 4),
+    _turbo("turbo3", "3-bit K and V", 3, 3),
+    _turbo("turbo2", "2-bit K and V", 2, 2),
+    _paper("paper4", "FlashQ at 4 bits and SAS (arXiv 2412.08585)", 0.0),
+    _paper("paper3", "FlashQ with half of the heads at 2 bits, and SAS (arXiv 2412.08585)", 0.5),
+    _kivi("kivi4", "KIVI at 4 bits, groups of 32, 128 recent tokens exact (arXiv 2402.02750)", 4),
+    _kivi("kivi2", "KIVI at 2 bits, groups of 32, 128 recent tokens exact (arXiv 2402.02750)", 2),
+)
+DEFAULT_PRESET = "turbo4"
+
+
+def presets() -> dict[str, Preset]:
+    """All presets by name, in the order in which tables show them."""
+    return {preset.name: preset for preset in _PRESETS}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called ``name``; raises InvalidInputError that lists the names."""
+    known = presets()
+    if name not in known:
+        raise invalid("preset", f"one of {', '.join(known)}", repr(name))
+    return known[name]
+
+
+def with_bits(fmt: TensorFormat, bits: int) -> TensorFormat:
+    """``fmt`` at another number of bits."""
+    return replace(fmt, bits=bits)

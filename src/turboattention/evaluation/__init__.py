@@ -1,0 +1,1 @@
+"""Quality and speed of a quantised cache against ordinary attention, measured on real text."""

@@ -1,0 +1,339 @@
+"""transformers: a cache whose layers are compressed pages, and the attention that reads them.
+
+``enable(model)`` uses public extension points alone: the attention and mask registries, ``set_attn_implementation`` and a
+forward hook that hands the model a cache. Everything is undone by ``disable`` or at the end of the ``with`` block.
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
+    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, flash_attention_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError as error:
+    from turboattention.errors import MissingDependencyError
+
+    raise MissingDependencyError(
+        f"transformers: expected version 5.17 to 5.23, received {error}; run pip install 'turboattention[transformers]'"
+    ) from error
+
+from turboattention.errors import UnsupportedError, invalid
+from turboattention.kvcache import LayerCache
+from turboattention.ops import attend
+from turboattention.ops.prefill.reference import expand_cache
+from turboattention.policy import ModelShape, Policy
+
+PREFIX = "turboattention_"
+# Stock implementations whose attention can serve the layers that are not ours.
+_STOCK = ("eager", "sdpa")
+
+
+def model_shape(config: PreTrainedConfig) -> ModelShape:
+    """Layers, KV heads and head_dim of a model's (text) configuration."""
+    text = config.get_text_config(decoder=True)
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return ModelShape(text.model_type, text.num_hidden_layers, kv_heads, head_dim)
+
+
+class TurboLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
+    """One full-attention layer of a TurboCache."""
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, cache: LayerCache, attention: Policy, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.cache, self.policy, self._config = cache, attention, config
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append. Returns the new K, marked for `attend_layer`; under a stock attention all tokens, dequantised."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cache.append(key_states, value_states)
+        if str(self._config._attn_implementation).startswith(PREFIX):
+            key_states._turbo_layer = self  # type: ignore[attr-defined]  # the hand-over from cache to attention
+            return key_states, value_states
+        key, value = expand_cache(self.cache.view(), key_states.dtype)
+        self.cache.settle()
+        return key, value
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.cache.reset()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens; refused when a compressed page would be cut in two."""
+        if tokens_to_remove > 0:
+            raise invalid("tokens_to_remove", "0 or a negative number of tokens", tokens_to_remove)
+        self.cache.crop(max(0, self.cache.length + tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.cache.map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.cache.map_batch(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.cache.map_batch(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        raise UnsupportedError("offload: TurboCache layers stay on the device of the model")
+
+
+class TurboCache(Cache):  # type: ignore[misc]  # transformers ships no types
+    """A transformers cache with compressed full-attention layers; sliding-window layers stay transformers' own.
+
+    Pass it as ``past_key_values`` inside ``enable(model)``. Under a stock attention it also works, by dequantising all
+    tokens at every step: slower, no smaller while it computes.
+    """
+
+    def __init__(self, config: PreTrainedConfig, policy: str | Policy = "turbo4") -> None:
+        """config: the model's; policy: a preset's name or a Policy. Raises UnsupportedError for models it can't hold."""
+        self.policy = Policy.resolve(policy)
+        text = config.get_text_config(decoder=True)
+        shape = model_shape(config)
+        self.policy.validate_for(shape)
+        layers: list[CacheLayerMixin] = []
+        for index, stock in enumerate(_stock_layers(text)):
+            if type(stock) is DynamicLayer:
+                formats = self.policy.head_formats(index, shape.kv_heads)
+                stock = TurboLayer(LayerCache(self.policy.cache, formats), self.policy, text)
+            layers.append(stock)
+        super().__init__(layers=layers)
+
+    @property
+    def turbo_layers(self) -> list[TurboLayer]:
+        """The compressed layers."""
+        return [layer for layer in self.layers if isinstance(layer, TurboLayer)]
+
+    def commit(self) -> None:
+        """All tokens so far are final: compress every full page now instead of at the next step."""
+        for layer in self.turbo_layers:
+            layer.cache.commit()
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte held by all layers, sliding-window layers included."""
+        stock = [x for layer in self._stock() for x in (layer.keys, layer.values)]
+        return sum(layer.cache.nbytes for layer in self.turbo_layers) + sum(x.nbytes for x in stock)
+
+    @property
+    def num_values(self) -> int:
+        """Values of K and V that all layers stand for."""
+        stock = [x for layer in self._stock() for x in (layer.keys, layer.values)]
+        return sum(layer.cache.num_values for layer in self.turbo_layers) + sum(x.numel() for x in stock)
+
+    @property
+    def bits_per_value(self) -> float:
+        """``nbytes * 8 / num_values``; raises InvalidInputError while empty."""
+        if not self.num_values:
+            raise invalid("cache", "tokens to measure", "an empty cache")
+        return self.nbytes * 8 / self.num_values
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on in another TurboCache of the same model and policy."""
+        stock = [
+            None if isinstance(x, TurboLayer) else {k: v for k, v in vars(x).items() if not k.startswith("_")}
+            for x in self.layers
+        ]
+        turbo = [x.cache.state() if isinstance(x, TurboLayer) else None for x in self.layers]
+        return {"policy": self.policy.name, "turbo": turbo, "stock": stock}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        if state["policy"] != self.policy.name or len(state["turbo"]) != len(self.layers):
+            raise invalid("state", f"policy {self.policy.name!r} and {len(self.layers)} layers", state["policy"])
+        for layer, turbo, stock in zip(self.layers, state["turbo"], state["stock"], strict=True):
+            if isinstance(layer, TurboLayer):
+                layer.cache.load_state(turbo)
+                layer.is_initialized = layer.cache.length > 0
+            else:
+                vars(layer).update(stock)
+
+    def _stock(self) -> list[CacheLayerMixin]:
+        return [x for x in self.layers if not isinstance(x, TurboLayer) and x.is_initialized and x.keys is not None]
+
+
+def _stock_layers(text: PreTrainedConfig) -> list[CacheLayerMixin]:
+    """transformers' own layers for a model; raises UnsupportedError for kinds we can't hold beside ours."""
+    shape = model_shape(text)
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedError(f"{text.model_type}: multi-head latent attention stores no K and V per head")
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedError(f"{text.model_type}: layers that share the cache of other layers are not supported")
+    layers: list[CacheLayerMixin] = DynamicCache(config=text).layers
+    if not layers:
+        layers = [DynamicLayer() for _ in range(shape.layers)]
+    for index, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedError(f"{text.model_type}: layer {index} has a cache of kind {type(layer).__name__}")
+    if not any(type(layer) is DynamicLayer for layer in layers):
+        raise UnsupportedError(f"{text.model_type}: every layer has a sliding window; there is no full attention to compress")
+    return layers
+
+
+class Enabled:
+    """A model that uses TurboAttention until ``disable`` or the end of the ``with`` block."""
+
+    def __init__(self, model: PreTrainedModel, policy: Policy, stock: str) -> None:
+        self.model, self.policy, self._stock = model, policy, stock
+        self._hook = _decoder(model).register_forward_pre_hook(self._supply_cache, with_kwargs=True)
+        model.set_attn_implementation(PREFIX + stock)
+
+    def disable(self) -> None:
+        """Give the model its own attention back. Calling it again does nothing."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            self.model.set_attn_implementation(self._stock)
+
+    def __enter__(self) -> "Enabled":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.disable()
+
+    def _supply_cache(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        wanted = kwargs.get("use_cache")
+        if isinstance(cache, TurboCache):
+            return None
+        if cache is None:
+            if not (self.model.config.get_text_config(decoder=True).use_cache if wanted is None else wanted):
+                return None
+        elif type(cache) is not DynamicCache or cache.get_seq_length() or getattr(cache, "_is_user_defined", False):
+            raise UnsupportedError(
+                f"past_key_values: expected a TurboCache, received {type(cache).__name__}; "
+                "pass TurboCache(model.config, policy) or leave it out"
+            )
+        return args, {**kwargs, "past_key_values": TurboCache(self.model.config, self.policy)}
+
+
+def enable(model: PreTrainedModel, policy: str | Policy = "turbo4") -> Enabled:
+    """Switch a transformers model to TurboAttention.
+
+    model: a decoder model on any device; policy: a preset's name or a Policy. As a call it returns a handle with
+    ``disable()``; as a context manager it undoes itself. ``model.generate`` and ``model(...)`` then create a TurboCache
+    where none is given. Calls without a cache (``use_cache=False``) have nothing to compress and use the stock attention.
+    Raises UnsupportedError with the reason for a model that can't be switched, InvalidInputError for a policy that is not
+    for this model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise invalid("model", "a transformers PreTrainedModel", type(model).__name__)
+    stock = str(model.config._attn_implementation)
+    kind = type(model).__name__
+    if stock.startswith(PREFIX):
+        raise UnsupportedError(f"{kind}: TurboAttention is already enabled; call disable() on its handle first")
+    if stock not in _STOCK:
+        raise UnsupportedError(
+            f"{kind}: attention implementation {stock!r} can't serve beside ours; load the model with one of {_STOCK}"
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(f"{kind}: encoder-decoder models are not supported")
+    text = model.config.get_text_config(decoder=True)
+    if getattr(text, "alibi", False):
+        raise UnsupportedError(f"{kind}: ALiBi position biases are not supported")
+    if any(isinstance(getattr(module, "sinks", None), nn.Parameter) for module in model.modules()):
+        raise UnsupportedError(f"{kind}: learned attention sinks are not supported")
+    if not model._can_set_attn_implementation():
+        raise UnsupportedError(f"{kind}: does not use transformers' attention interface")
+    resolved = Policy.resolve(policy)
+    TurboCache(model.config, resolved)  # raises now what a first forward would raise later
+    _register(stock)
+    return Enabled(model, resolved, stock)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _register(stock: str) -> None:
+    name = PREFIX + stock
+    AttentionInterface.register(name, _attention_over(stock))
+    AttentionMaskInterface.register(name, _mask_over(stock))
+
+
+def _attention_over(stock: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        layer = getattr(key, "_turbo_layer", None)
+        if layer is None:
+            return _stock_attention(stock, module)(module, query, key, value, attention_mask, **kwargs)
+        if kwargs.get("dropout"):
+            raise UnsupportedError("dropout: expected 0 with a compressed cache; call model.eval()")
+        return attend_layer(layer, query, attention_mask, kwargs.get("scaling"), kwargs.get("softcap")), None
+
+    return forward
+
+
+def _stock_attention(stock: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if stock != "eager":
+        function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS[stock]
+        return function
+    # Each modelling file has an eager function of its own.
+    import sys
+
+    eager: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]  # by convention
+    return eager
+
+
+def _mask_over(stock: str) -> Callable[..., Tensor | None]:
+    def mask(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Tensor | None:
+        # Full attention gets the two-dimensional padding mask (or None), everything else what the stock attention needs.
+        chosen = flash_attention_mask if mask_function is causal_mask_function else ALL_MASK_ATTENTION_FUNCTIONS[stock]
+        result: Tensor | None = chosen(*args, mask_function=mask_function, **kwargs)
+        return result
+
+    return mask
+
+
+def attend_layer(
+    layer: TurboLayer, query: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """Attention of new tokens over their layer's cache, which is then compressed as far as it may be.
+
+    query: ``[batch, heads, tokens, head_dim]``; mask: None or ``[batch, length]`` with zeros for left padding.
+    Returns ``[batch, tokens, heads, head_dim]``.
+    """
+    layer.cache.set_padding(_left_padding(mask, layer.cache.length))
+    out = attend(query, layer.cache.view(), scale=scaling, softcap=softcap, config=layer.policy.attention)
+    layer.cache.settle()
+    return out.transpose(1, 2).contiguous()
+
+
+def _left_padding(mask: Tensor | None, length: int) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] != length:
+        raise UnsupportedError(
+            f"attention_mask: expected [batch, {length}] with left padding, received shape {tuple(mask.shape)}; "
+            "custom masks are not supported with a compressed cache"
+        )
+    real = mask.bool()
+    if bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise UnsupportedError("attention_mask: expected padding on the left only; set tokenizer.padding_side = 'left'")
+    return torch.as_tensor((~real).sum(1), device=mask.device)

@@ -1,0 +1,254 @@
+"""The cache of one layer: compressed pages, oldest first, then the open page; all sequences of a batch equally long."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboattention.checks import check_heads
+from turboattention.config import CacheConfig, TensorFormat, with_bits
+from turboattention.errors import InvalidInputError, invalid
+from turboattention.kvcache.open_page import ClampedOpenPage, OpenPage
+from turboattention.ops.append import compress_pages, full_pages, gather_sinks, real_tokens
+from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
+from turboattention.quant.layout import PageLayout
+from turboattention.quant.progressive import head_priority, low_priority_heads
+
+HeadFormat = tuple[TensorFormat, TensorFormat]  # of K and of V
+# The newest tokens of the latest update stay exact until the next one, so that a speculative decoder can take them back.
+ROLLBACK_TOKENS = 64
+
+
+class LayerCache:
+    """K and V of one layer.
+
+    ``append`` new tokens, let attention read ``view()``, then ``settle()``: full pages are compressed once, never again.
+    Tokens of the latest ``append`` (at most 64) stay exact until the next one or ``commit``, so that ``crop`` can drop them.
+    """
+
+    def __init__(self, config: CacheConfig, formats: Sequence[HeadFormat]) -> None:
+        """config: page size, protections; formats: of K and V for each KV head."""
+        self.config = config
+        self.formats = tuple(formats)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.groups: list[HeadGroup] = []
+        self.page_count = 0
+        self.open: OpenPage | None = None
+        self.sink_key: Tensor | None = None
+        self.sink_value: Tensor | None = None
+        self.starts: Tensor | None = None
+        self.latest = 0
+
+    @property
+    def compresses(self) -> bool:
+        """Whether any head is stored below 16 bits."""
+        return any(fmt.bits < 16 for pair in self.formats for fmt in pair)
+
+    @property
+    def page_tokens(self) -> int:
+        return self.page_count * self.config.page_size
+
+    @property
+    def length(self) -> int:
+        """Tokens held, padding included."""
+        return self.page_tokens + (self.open.tokens if self.open else 0)
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Add tokens ``[batch, kv_heads, tokens, head_dim]`` (K after RoPE), whatever their number.
+
+        Raises InvalidInputError for a wrong shape, NaN, Inf or values beyond the storage dtype; nothing is added then.
+        """
+        check_heads("key", key, heads=len(self.formats))
+        check_heads("value", value, heads=len(self.formats), head_dim=key.shape[-1])
+        if key.shape != value.shape:
+            raise invalid("value", f"the shape of key {tuple(key.shape)}", tuple(value.shape))
+        if self.open is None:
+            self.open = self._new_open_page(key.dtype)
+        elif self.open.tensors and key.shape[0] != self.open.tensors["key"].shape[0]:
+            raise invalid("key", f"batch {self.open.tensors['key'].shape[0]}", key.shape[0])
+        self.commit()
+        self.open.append(key, value)
+        self.latest = key.shape[2]
+
+    def set_padding(self, starts: Tensor | None) -> None:
+        """Number of left-padding tokens of each row, int64 ``[batch]``: they are never attended to nor widen a range."""
+        self.starts = starts
+
+    def view(self) -> CachedKV:
+        """What attention reads. Invalid after the next change of the cache."""
+        if self.open is None or not self.open.tensors:
+            raise InvalidInputError("cache: expected tokens to attend to, received an empty cache; append first")
+        key, value = self.open.read()
+        return CachedKV(
+            tuple(self.groups), self.page_tokens, key, value, self.sink_key, self.sink_value, self.starts
+        )
+
+    def settle(self) -> None:
+        """Compress the full pages that the next step can no longer take back."""
+        self._compress(keep=max(self.config.recent_window, min(self.latest, ROLLBACK_TOKENS)))
+
+    def commit(self) -> None:
+        """All tokens are final: compress every full page older than the recent window."""
+        if self.open is None or not self.open.tensors:
+            return
+        self._compress(keep=self.config.recent_window)
+        self.open.settle()
+        self.latest = 0
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens.
+
+        Raises InvalidInputError when that would cut a compressed page in two: its exact values are gone.
+        """
+        if not 0 <= length <= self.length:
+            raise invalid("length", f"0 to {self.length} tokens", length)
+        if length == 0:
+            self.reset()
+            return
+        size = self.config.page_size
+        if length < self.page_tokens and length % size:
+            raise invalid(
+                "crop",
+                f"at least {self.page_tokens} tokens (all that is compressed) or a multiple of the page size {size}",
+                length,
+                "crop before the next token is appended, or set a larger recent_window",
+            )
+        if self.open is None:
+            return
+        removed = self.length - length
+        if length < self.page_tokens:
+            self.open.drop_last(self.open.tokens)
+            self.page_count = length // size
+            self.groups = [HeadGroup(g.layout, g.heads, g.pages[:, :, : self.page_count].clone()) for g in self.groups]
+        else:
+            self.open.drop_last(removed)
+        self.latest = max(0, self.latest - removed)
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``change`` (select, reorder or repeat rows: dimension 0) to everything held."""
+        self.groups = [HeadGroup(g.layout, g.heads, change(g.pages)) for g in self.groups]
+        if self.open is not None:
+            self.open.map(change)
+        if self.sink_key is not None and self.sink_value is not None:
+            self.sink_key, self.sink_value = change(self.sink_key), change(self.sink_value)
+        if self.starts is not None:
+            self.starts = change(self.starts)
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte held: codes, metadata, sinks, recent window, open page, padding table."""
+        tensors = [group.pages for group in self.groups]
+        tensors += [x for x in (self.sink_key, self.sink_value, self.starts) if x is not None]
+        return sum(x.nbytes for x in tensors) + (self.open.nbytes if self.open else 0)
+
+    @property
+    def num_values(self) -> int:
+        """Values of K and V that the cache stands for, padding included."""
+        if self.open is None or not self.open.tensors:
+            return 0
+        batch, heads, _, dim = self.open.tensors["key"].shape
+        return 2 * batch * heads * dim * self.length
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on elsewhere: tensors and plain numbers."""
+        return {
+            "page_count": self.page_count,
+            "latest": self.latest,
+            "groups": [
+                {"key_bits": g.layout.key.bits, "value_bits": g.layout.value.bits, "heads": g.heads, "pages": g.pages}
+                for g in self.groups
+            ],
+            "open": None if self.open is None else {"dtype": self.open.dtype, "tensors": dict(self.open.tensors)},
+            "sink_key": self.sink_key,
+            "sink_value": self.sink_value,
+            "starts": self.starts,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned from a cache with the same configuration."""
+        self.reset()
+        self.page_count, self.latest = state["page_count"], state["latest"]
+        self.sink_key, self.sink_value, self.starts = state["sink_key"], state["sink_value"], state["starts"]
+        if state["open"] is not None:
+            self.open = self._new_open_page(state["open"]["dtype"])
+            self.open.dtype, self.open.tensors = state["open"]["dtype"], dict(state["open"]["tensors"])
+        for saved in state["groups"]:
+            heads = tuple(saved["heads"])
+            key, value = self.formats[heads[0]]
+            layout = self._layout((with_bits(key, saved["key_bits"]), with_bits(value, saved["value_bits"])))
+            if saved["pages"].shape[-1] != layout.nbytes:
+                raise invalid("state", f"pages of {layout.nbytes} bytes", saved["pages"].shape[-1], "use the same policy")
+            self.groups.append(HeadGroup(layout, heads, saved["pages"]))
+
+    def _new_open_page(self, dtype: torch.dtype) -> OpenPage:
+        stored = torch.float16 if self.compresses and dtype.itemsize > 2 else dtype
+        return ClampedOpenPage(stored) if self.config.open_page == "int8_clamped" else OpenPage(stored)
+
+    def _layout(self, formats: HeadFormat) -> PageLayout:
+        if self.open is None:
+            head_dim = 0
+        else:
+            head_dim = self.open.tensors["key"].shape[-1]
+        return PageLayout(self.config.page_size, head_dim, *formats)
+
+    def _compress(self, keep: int) -> None:
+        if self.open is None or not self.compresses:
+            return
+        size = self.config.page_size
+        count = full_pages(self.open.tokens, size, keep)
+        if count == 0:
+            return
+        key, value = (x[:, :, : count * size] for x in self.open.read())
+        if not self.groups:
+            self._form_groups(key, value)
+        if self.config.sink_tokens:
+            self._keep_sinks(key, value)
+        # The first pages may hold tokens that are already in INT8 with the buffer's scale: they must keep it.
+        bound = -(-min(self.open.scaled_tokens, count * size) // size)
+        new = []
+        for group in self.groups:
+            parts = []
+            for first, last, scales in ((0, bound, self.open.tile_scales()), (bound, count, None)):
+                if last > first:
+                    parts.append(self._encode(group, key, value, first * size, last * size, scales))
+            new.append(HeadGroup(group.layout, group.heads, torch.cat([group.pages, *parts], 2)))
+        self.groups = new
+        self.open.drop_first(count * size)
+        self.page_count += count
+
+    def _encode(
+        self, group: HeadGroup, key: Tensor, value: Tensor, first: int, last: int, scales: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        heads = list(group.heads)
+        valid = real_tokens(
+            self.page_tokens + first, last - first, self.starts, self.config.sink_tokens, key.device
+        )
+        chosen = None if scales is None else (scales[0][:, heads], scales[1][:, heads])
+        return compress_pages(group.layout, key[:, heads, first:last], value[:, heads, first:last], valid, chosen)
+
+    def _keep_sinks(self, key: Tensor, value: Tensor) -> None:
+        if self.sink_key is None or self.sink_value is None:
+            shape = (*key.shape[:2], self.config.sink_tokens, key.shape[3])
+            self.sink_key, self.sink_value = key.new_zeros(shape), value.new_zeros(shape)
+        self.sink_key = gather_sinks(self.sink_key, key, self.page_tokens, self.starts)
+        self.sink_value = gather_sinks(self.sink_value, value, self.page_tokens, self.starts)
+
+    def _form_groups(self, key: Tensor, value: Tensor) -> None:
+        """Heads with equal formats share a group; the paper's rule lowers some heads from the first data seen."""
+        formats = list(self.formats)
+        share, bits = self.config.low_priority_heads, self.config.low_bits
+        if share:
+            low = [low_priority_heads(head_priority(x), share) for x in (key, value)]
+            formats = [
+                (with_bits(k, bits) if h in low[0] else k, with_bits(v, bits) if h in low[1] else v)
+                for h, (k, v) in enumerate(formats)
+            ]
+        for pair in dict.fromkeys(formats):
+            heads = tuple(h for h, other in enumerate(formats) if other == pair)
+            layout = self._layout(pair)
+            pages = torch.empty(key.shape[0], len(heads), 0, layout.nbytes, dtype=torch.uint8, device=key.device)
+            self.groups.append(HeadGroup(layout, heads, pages))

@@ -1,0 +1,74 @@
+"""What attention reads: the cache of one layer as a view that owns nothing."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turboattention.quant.layout import PageLayout
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """KV heads of a layer that share one page layout.
+
+    pages: uint8 ``[batch, len(heads), pages, layout.nbytes]``.
+    """
+
+    layout: PageLayout
+    heads: tuple[int, ...]
+    pages: Tensor
+
+
+@dataclass(frozen=True)
+class CachedKV:
+    """All tokens of one layer, oldest first: full pages, then the exact tail (recent window, open page, own chunk).
+
+    groups: every KV head is in exactly one group; empty while nothing has been compressed.
+    page_tokens: tokens in full pages.
+    tail_key, tail_value: ``[batch, kv_heads, tokens, head_dim]``.
+    sink_key, sink_value: exact ``[batch, kv_heads, sinks, head_dim]`` of the first tokens of each sequence, read instead of
+        their codes; None without sinks.
+    starts: int64 ``[batch]``, number of left-padding tokens of each row; None without padding.
+    """
+
+    groups: tuple[HeadGroup, ...]
+    page_tokens: int
+    tail_key: Tensor
+    tail_value: Tensor
+    sink_key: Tensor | None = None
+    sink_value: Tensor | None = None
+    starts: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the cache, padding included."""
+        return self.page_tokens + self.tail_key.shape[2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.tail_key.shape[1]
+
+    def visible(self, queries: int, causal: bool) -> Tensor | None:
+        """bool ``[batch or 1, queries, length]``: which tokens each of the last ``queries`` tokens may attend to."""
+        columns = torch.arange(self.length, device=self.tail_key.device)
+        mask: Tensor | None = None
+        if causal and queries > 1:
+            mask = columns <= columns[self.length - queries :, None]
+            mask = mask[None]
+        if self.starts is not None:
+            real = columns >= self.starts[:, None]
+            mask = real[:, None, :] if mask is None else mask & real[:, None, :]
+        return mask
+
+    def sink_columns(self) -> tuple[Tensor, Tensor]:
+        """Columns ``[batch, sinks]`` of the sink tokens, and whether each lies in a full page."""
+        if self.sink_key is None:
+            raise ValueError("the cache has no sink tokens")
+        batch, _, sinks, _ = self.sink_key.shape
+        columns = torch.arange(sinks, device=self.sink_key.device).expand(batch, sinks)
+        if self.starts is not None:
+            columns = columns + self.starts[:, None]
+        # A row with fewer real tokens than sinks has columns past the end: wrapped onto its padding, so that the columns of
+        # a row stay distinct (they are written to) and nothing reads them (they are not in a page).
+        return columns % self.length, columns < self.page_tokens

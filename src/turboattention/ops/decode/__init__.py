@@ -1,0 +1,5 @@
+"""Attention of one new token of each sequence over its cache."""
+
+from turboattention.ops.decode.reference import decode_attention
+
+__all__ = ["decode_attention"]

@@ -1,0 +1,5 @@
+"""Attention of a chunk of queries over full pages and its own tokens."""
+
+from turboattention.ops.prefill.reference import AttentionOutput, prefill_attention
+
+__all__ = ["AttentionOutput", "prefill_attention"]

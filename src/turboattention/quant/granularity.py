@@ -1,0 +1,31 @@
+"""Which values share one scale and one zero: per token, per channel, per group of channels, or per block.
+
+The tensors meant here are pages ``[..., tokens, channels]`` of one key/value head.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each token, shared by all channels (the choice for V: nothing has to wait for later tokens)."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each channel of a page, shared by its tokens (the choice for K: outlier channels keep to themselves)."""
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for each token and each ``size`` neighbouring channels (KIVI's choice for V, arXiv 2402.02750)."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for a whole page (stage 1 of FlashQ, arXiv 2412.08585)."""
+
+
+Granularity = PerToken | PerChannel | PerGroup | PerBlock

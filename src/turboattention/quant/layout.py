@@ -1,0 +1,132 @@
+"""Where every byte of a page is: the only place that knows shapes, offsets and sizes.
+
+A page holds ``page_size`` tokens of K and V of one KV head. Kernels, caches and planners ask this class.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from turboattention.checks import check_head_dim
+from turboattention.config import TensorFormat
+from turboattention.errors import invalid
+from turboattention.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
+from turboattention.quant.packing import packed_bytes
+
+PAGE_ALIGNMENT = 16  # bytes: one vector load
+
+
+class Region(NamedTuple):
+    """A run of bytes inside a page."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """The layout of one page.
+
+    Order: codes of K, codes of V, float16 metadata, byte metadata, padding to 16 bytes. K codes are ``[tokens, D * bits / 8]``,
+    V codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of `packing.permute_tokens`.
+    """
+
+    page_size: int
+    head_dim: int
+    key: TensorFormat
+    value: TensorFormat
+
+    def __post_init__(self) -> None:
+        check_head_dim(self.head_dim)
+        for name, fmt in (("key", self.key), ("value", self.value)):
+            if isinstance(fmt.granularity, PerGroup) and self.head_dim % fmt.granularity.size:
+                raise invalid(
+                    f"{name} group size", f"a divisor of head_dim {self.head_dim}", fmt.granularity.size
+                )
+
+    def scale_shape(self, fmt: TensorFormat) -> tuple[int, int]:
+        """Scales of a page as ``[token scales, channel scales]``, broadcastable to ``[tokens, channels]`` (or groups)."""
+        match fmt.granularity:
+            case PerToken():
+                return self.page_size, 1
+            case PerChannel():
+                return 1, self.head_dim
+            case PerGroup(size):
+                return self.page_size, self.head_dim // size
+            case PerBlock():
+                return 1, 1
+
+    @cached_property
+    def regions(self) -> dict[str, Region]:
+        """All regions by name: ``key_codes``, ``value_codes``, ``key_page_scale``, ``key_scale``, ..."""
+        wanted: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        for side, fmt in (("key", self.key), ("value", self.value)):
+            wanted += [(f"{side}_{name}", shape, dtype) for name, shape, dtype in self._fields(side, fmt)]
+        codes = [field for field in wanted if field[0].endswith("_codes")]
+        rest = sorted((f for f in wanted if f not in codes), key=lambda field: -field[2].itemsize)
+        regions, offset = {}, 0
+        for name, shape, dtype in codes + rest:
+            regions[name] = Region(offset, shape, dtype)
+            offset += regions[name].nbytes
+        return regions
+
+    def _fields(self, side: str, fmt: TensorFormat) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        tokens, channels = self.page_size, self.head_dim
+        if fmt.bits == 16:
+            return [("codes", (tokens, channels), torch.float16)]
+        rows, columns = (tokens, channels) if side == "key" else (channels, tokens)
+        fields: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+            ("codes", (rows, packed_bytes(columns, fmt.bits)), torch.uint8)
+        ]
+        a, b = self.scale_shape(fmt)
+        if fmt.metadata == "float16":
+            fields += [("scale", (a * b,), torch.float16)]
+            fields += [] if fmt.symmetric else [("zero", (a * b,), torch.float16)]
+            return fields
+        fields += [("page_scale", (1,), torch.float16), ("scale", (a * b,), torch.uint8)]
+        if not fmt.symmetric:
+            # FlashQ's offset is in units of the page scale; ours has a float16 number of its own.
+            fields += [] if fmt.metadata == "flashq" else [("page_zero", (1,), torch.float16)]
+            fields += [("zero", (a * b,), torch.int8)]
+        return fields
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of a page, metadata and padding included."""
+        used = sum(region.nbytes for region in self.regions.values())
+        return -(-used // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+
+    @property
+    def num_values(self) -> int:
+        """Values of K and V that a page stands for."""
+        return 2 * self.page_size * self.head_dim
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits per value of a full page, every byte counted."""
+        return self.nbytes * 8 / self.num_values
+
+    def read(self, pages: Tensor, name: str) -> Tensor:
+        """Region ``name`` of uint8 ``pages`` ``[..., nbytes]`` as ``[..., *shape]`` of its dtype."""
+        region = self.regions[name]
+        part = pages[..., region.offset : region.offset + region.nbytes]
+        if region.dtype != torch.uint8:
+            part = part.contiguous().view(region.dtype)
+        return part.unflatten(-1, region.shape)
+
+    def write(self, pages: Tensor, name: str, values: Tensor) -> None:
+        """Store ``values`` ``[..., *shape]`` into region ``name`` of ``pages``."""
+        region = self.regions[name]
+        data = values.to(region.dtype).flatten(-len(region.shape)).contiguous().view(torch.uint8)
+        pages[..., region.offset : region.offset + region.nbytes] = data

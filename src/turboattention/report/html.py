@@ -1,0 +1,61 @@
+"""A ComparisonResult as one self-contained HTML page: no scripts, no requests, everything untrusted escaped."""
+
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from turboattention.evaluation.result import ComparisonResult
+from turboattention.report import plots
+from turboattention.report.figures import BASELINE, FIGURES, summary
+from turboattention.report.words import mark_differences, printable
+
+
+def render_html(result: ComparisonResult, command: str) -> str:
+    """The page; ``command`` is the command line that made the result."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = files("turboattention.report").joinpath("templates/comparison.html").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        model=printable(result.model),
+        texts=[printable(name) for name in result.text],
+        tokens=result.tokens,
+        prompt=printable(result.prompt),
+        command=printable(command),
+        environment=_rows(result.environment),
+        baseline_name=BASELINE,
+        candidates=[
+            {
+                "name": printable(candidate.preset),
+                "summary": summary(candidate),
+                "result": candidate,
+                "colour": number % plots.COLOURS,
+                "dashes": " ".join(map(str, plots.dashes(number))),
+                "pair": mark_differences(result.baseline.continuation, candidate.continuation),
+            }
+            for number, candidate in enumerate(result.candidates)
+        ],
+        rows=[
+            {
+                "label": figure.label,
+                "meaning": figure.meaning,
+                "baseline": figure.baseline(result.baseline),
+                "candidates": [figure.candidate(candidate) for candidate in result.candidates],
+            }
+            for figure in FIGURES
+        ],
+        plots={
+            "bytes": Markup(plots.kv_bytes(result)),
+            "position": Markup(plots.kl_by_position(result)),
+            "histogram": Markup(plots.kl_histogram(result)),
+        },
+    )
+
+
+def _rows(environment: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dictionaries as flat rows ``a.b``."""
+    rows: list[tuple[str, str]] = []
+    for key, value in environment.items():
+        name = printable(f"{prefix}{key}")
+        rows += _rows(value, f"{name}.") if isinstance(value, dict) else [(name, printable(str(value)))]
+    return rows
