@@ -12,9 +12,8 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_head_dim(head_dim: int) -> None:
     """Raise unless a kernel and a page layout exist for ``head_dim``."""
     if head_dim not in SUPPORTED_HEAD_DIMS:
-        raise invalid(
-            "head_dim", f"one of {', '.join(map(str, SUPPORTED_HEAD_DIMS))}", head_dim, "use preset 'fp16' for this model"
-        )
+        known = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
+        raise invalid("head_dim", f"one of {known}", head_dim, "use preset 'fp16' for this model")
 
 
 def check_heads(name: str, x: Tensor, *, head_dim: int | None = None, heads: int | None = None) -> None:
@@ -27,6 +26,16 @@ def check_heads(name: str, x: Tensor, *, head_dim: int | None = None, heads: int
         raise invalid(name, f"head_dim {head_dim}", f"shape {tuple(x.shape)}")
     if heads is not None and x.shape[1] != heads:
         raise invalid(name, f"{heads} heads", f"shape {tuple(x.shape)}")
+
+
+def to_float16(name: str, x: Tensor) -> Tensor:
+    """``x`` in float16; raises when that overflows, which would turn a page into NaN without a sign."""
+    stored = x.to(torch.float16)
+    if not bool(torch.isfinite(stored).all()):
+        raise invalid(
+            name, "magnitudes up to 65504", f"{float(x.float().abs().max()):.4g}", "use preset 'fp16' for this model"
+        )
+    return stored
 
 
 def check_finite(name: str, x: Tensor) -> None:

@@ -42,6 +42,7 @@ def attention(
     cache = LayerCache(policy.cache, policy.head_formats(0, k.shape[1]))
     if not causal:
         cache.append(k, v)
+        cache.observe(q)
         cache.commit()
         view = cache.view()
         outs = [
@@ -57,6 +58,8 @@ def attention(
         last = min(k.shape[2], (done // _STEP + 1) * _STEP)
         cache.append(k[:, :, done:last], v[:, :, done:last])
         first = done - (k.shape[2] - q.shape[2])
-        outs.append(attend(q[:, :, first : first + last - done], cache.view(), scale=scale, config=policy.attention))
+        part = q[:, :, first : first + last - done]
+        cache.observe(part)
+        outs.append(attend(part, cache.view(), scale=scale, config=policy.attention))
         done = last
     return torch.cat(outs, 2)

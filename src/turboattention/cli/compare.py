@@ -22,6 +22,7 @@ from turboattention.cli.options import (
 )
 from turboattention.cli.requirements import require
 from turboattention.config import DEFAULT_PRESET
+from turboattention.errors import invalid
 from turboattention.report.files import write_atomic
 
 
@@ -30,9 +31,11 @@ def compare(
     model: ModelOption = "smollm2-135m",
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="FILE", help="UTF-8 text, repeatable; default: the bundled texts."),
+        typer.Option(
+            "--text", metavar="FILE", help="UTF-8 text or a bundled text's name, repeatable; default: all bundled."
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of each text.")] = 2048,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of each text.")] = 2048,
     preset: Annotated[
         list[str] | None,
         typer.Option("--preset", metavar="PRESET", help=f"{PRESET_HELP} Repeatable; default: {DEFAULT_PRESET}."),
@@ -54,17 +57,20 @@ def compare(
     check_outputs(json_path, html_path)
     check_device(device)
 
-    from turboattention.evaluation import compare as evaluation
+    from turboattention.evaluation.compare import LEAST_TOKENS
+    from turboattention.evaluation.compare import compare as measure
     from turboattention.evaluation.texts import BUNDLED_TEXTS, load_text
     from turboattention.integrations.models import load_model
     from turboattention.report.terminal import print_comparison
 
+    if tokens < LEAST_TOKENS:
+        raise invalid("--tokens", f"at least {LEAST_TOKENS}", tokens)
     texts = list(text or BUNDLED_TEXTS)
     for name in texts:
         load_text(name)
     with progress_bar("Loading the model") as progress:
         loaded = load_model(model, dtype=getattr(torch, dtype), device=device)
-        result = evaluation.compare(loaded, texts, policies, tokens=tokens, seed=seed, progress=progress)
+        result = measure(loaded, texts, policies, tokens=tokens, seed=seed, progress=progress)
     outputs = {}
     if json_path:
         outputs[json_path] = to_json(result.to_dict())

@@ -112,11 +112,12 @@ def _run(
 ) -> dict[str, Any]:
     from turboattention.integrations.transformers import TurboCache, enable
 
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with enable(loaded.model, policy):
-        cache = TurboCache(loaded.model.config, policy)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    model: Any = loaded.model  # what transformers annotates `generate` with hides that it is a method
+    with enable(model, policy):
+        cache = TurboCache(model.config, policy)
         start = time.perf_counter()
-        output = loaded.model.generate(
+        output = model.generate(
             **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=_streamer(loaded), **sampling
         )
         seconds = time.perf_counter() - start

@@ -24,7 +24,7 @@ ModelOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Also write the result as JSON.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 DtypeOption = Annotated[
-    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Type of the model's weights and activations.")
+    Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Type of weights and activations.")
 ]
 DeviceOption = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where the model runs.")]
 PRESET_HELP = f"One of: {', '.join(presets())}."
@@ -60,7 +60,7 @@ def choose_policies(names: Sequence[str], files: Sequence[Path]) -> list[str | P
     labels = chosen + [policy.name for policy in loaded]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise invalid("presets and policies", "each name once", ", ".join(twice), "rename the policy or drop one of them")
+        raise invalid("presets and policies", "each name once", ", ".join(twice), "drop one of them")
     return [*chosen, *loaded]
 
 

@@ -1,8 +1,10 @@
 """The two kinds of cache of a comparison, behind the same three questions: make, finish, count."""
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from transformers import DynamicCache
 
 from turboattention.integrations.transformers import TurboCache, enable
@@ -33,11 +35,19 @@ def finish(cache: "Cache") -> None:
 
 def held_bytes(cache: "Cache") -> int:
     """Bytes that the cache holds; an ordinary one counts 2 bytes a value, also when it computes in float32."""
-    return cache.nbytes if isinstance(cache, TurboCache) else BYTES_16_BIT * held_values(cache)
+    return int(cache.nbytes) if isinstance(cache, TurboCache) else BYTES_16_BIT * held_values(cache)
 
 
 def held_values(cache: "Cache") -> int:
     """Number of K and V elements stored."""
     if isinstance(cache, TurboCache):
-        return cache.num_values
-    return sum(tensor.numel() for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None)
+        return int(cache.num_values)
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.numel() for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def branch(cache: "Cache", model: "PreTrainedModel") -> "Cache":
+    """A copy of ``cache`` that can go on by itself."""
+    # Layers look at the model's configuration to see which attention is on: the copy must look at the same object.
+    shared = (model.config, model.config.get_text_config(decoder=True))
+    return copy.deepcopy(cache, {id(config): config for config in shared})

@@ -1,7 +1,7 @@
 """The main job: ordinary attention against TurboAttention on one model and the same text."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,12 +55,13 @@ def compare(
     baseline, candidates = stream(loaded.model, rows, chosen, steps.chunk)
     everyone = [None, *chosen]
     timed = rows[:1, : min(speed.PROMPT_TOKENS, tokens)]
-    speeds = steps.run("speed", lambda: measure_speed(loaded.model, timed, everyone))
+    speeds = measure_speed(loaded.model, timed, everyone)
+    steps.tell("speed")
     prompt = rows[:1, : min(generation.PROMPT_TOKENS, tokens)]
-    continued = [
-        steps.run("continuation", lambda policy=policy: continuation(loaded.model, loaded.tokenizer, prompt, policy))
-        for policy in everyone
-    ]
+    continued = []
+    for policy in everyone:
+        continued.append(continuation(loaded.model, loaded.tokenizer, prompt, policy))
+        steps.tell("continuation")
 
     perplexity, perplexity_ci = perplexity_interval(baseline.nll, seed)
     machine = environment(loaded.model.dtype, loaded.model.device)
@@ -95,14 +96,9 @@ class _Steps:
         self._progress, self._done, self._total = progress, 0, chunks + rest
 
     def chunk(self, done: int, total: int, label: str) -> None:
-        self._tell(label)
+        self.tell(label)
 
-    def run[T](self, label: str, work: Callable[[], T]) -> T:
-        result = work()
-        self._tell(label)
-        return result
-
-    def _tell(self, label: str) -> None:
+    def tell(self, label: str) -> None:
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total, label)

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("turboattention", "torch", "transformers", "tokenizers", "numpy")
+from turboattention import __version__
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 def environment(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Versions, processor, GPU, threads, dtype and date, ready for JSON."""
     on_gpu = torch.device(device).type == "cuda"
     return {
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {"turboattention": __version__, **{name: _version(name) for name in _PACKAGES}},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),

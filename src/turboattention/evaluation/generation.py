@@ -31,7 +31,7 @@ def continuation(
     """
     prompt = prompt.to(model.device)
     with quiet(), attention_of(model, policy):
-        tokens = model.generate(
+        tokens = model.generate(  # type: ignore[operator]  # nn.Module.__getattr__ hides the method
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             past_key_values=make_cache(model, policy),

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from turboattention.evaluation.caches import make_cache
+from turboattention.evaluation.caches import attention_of, make_cache
 from turboattention.evaluation.stream import feed
 
 if TYPE_CHECKING:
@@ -70,13 +71,14 @@ def _run(
 ) -> tuple[float, list[float]]:
     """Seconds of the prompt pass and of each greedy step after it."""
     cache = make_cache(model, policy)
-    begin = _now(prompt)
-    token = feed(model, prompt, cache, policy)[:, -1:].argmax(-1)
-    marks = [_now(prompt)]
-    for _ in range(steps):
-        token = feed(model, token, cache, policy)[:, -1:].argmax(-1)
-        marks.append(_now(prompt))
-    return marks[0] - begin, [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    with attention_of(model, policy):
+        begin = _now(prompt)
+        token = feed(model, prompt, cache)[:, -1:].argmax(-1)
+        marks = [_now(prompt)]
+        for _ in range(steps):
+            token = feed(model, token, cache)[:, -1:].argmax(-1)
+            marks.append(_now(prompt))
+    return marks[0] - begin, [after - before for before, after in pairwise(marks)]
 
 
 def _now(tensor: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Feed the same tokens to ordinary attention and to every candidate, in lockstep, and keep numbers per position.
 
-Chunks are as long as a page, so that a position attends to what a decode step would: compressed pages and the exact open
-page. All windows are rows of one batch. Logits live for one chunk only.
+Chunks are as long as a page, so that a position attends to what a decode step would: compressed pages and the exact
+open page. All windows are rows of one batch. Logits live for one chunk only.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,8 +58,9 @@ def stream(
     progress: Progress | None = None,
     chunk: int = CHUNK,
 ) -> tuple[BaselineStream, list[CandidateStream]]:
-    """Teacher-forced pass of ``windows`` (int64 ``[rows, tokens + 1]``): every token but the last is fed, each predicts the next.
+    """Teacher-forced pass: every token but the last of a window is fed, and each predicts the next.
 
+    windows: int64 ``[rows, tokens + 1]``.
     progress: called after every chunk of every cache.
     """
     windows = windows.to(model.device)
@@ -75,7 +76,8 @@ def stream(
         targets = windows[:, start + 1 : stop + 1]
         reference = torch.empty(0)
         for index, (policy, cache) in enumerate(zip((None, *policies), caches, strict=True)):
-            logits = feed(model, windows[:, start:stop], cache, policy)
+            with attention_of(model, policy):
+                logits = feed(model, windows[:, start:stop], cache)
             nll[index].append(negative_log_likelihood(logits, targets).cpu())
             if policy is None:
                 reference = logits
@@ -102,10 +104,9 @@ def stream(
 
 
 @torch.inference_mode()
-def feed(model: "PreTrainedModel", tokens: Tensor, cache: "Cache", policy: "str | Policy | None") -> Tensor:
+def feed(model: "PreTrainedModel", tokens: Tensor, cache: "Cache") -> Tensor:
     """Logits ``[rows, positions, vocabulary]`` of ``tokens`` after what ``cache`` holds; the cache grows by them."""
-    with attention_of(model, policy):
-        logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
     return logits
 
 

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import redirect_stderr
 from importlib import util
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,6 @@ def is_complete(folder: Path) -> bool:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    require_gguf()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name, suffix=".tmp"))
     try:
@@ -48,18 +49,27 @@ def _convert(gguf: Path, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def require_gguf() -> None:
-    """Raise unless the package that parses GGUF files is installed."""
-    if util.find_spec("gguf") is None:
-        raise MissingDependencyError("GGUF weights need the package gguf; install with: pip install gguf")
+def read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokeniser of a GGUF file; MissingDependencyError without the packages that reading it needs."""
+    missing = [package for package in ("gguf", "accelerate") if util.find_spec(package) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"GGUF weights: expected the packages gguf and accelerate, missing {' and '.join(missing)}; "
+            f"install with: pip install {' '.join(missing)}"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # transformers draws a bar for GGUF files that its own switch for bars does not know.
+    with redirect_stderr(StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+    return model, tokenizer
 
 
 def _write_safetensors(gguf: Path, folder: Path) -> None:
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model, tokenizer = read_gguf(gguf, torch.bfloat16)
     # transformers 5.23 refuses save_pretrained on a GGUF model, so its parts are written one by one.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

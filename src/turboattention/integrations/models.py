@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from turboattention.errors import InvalidInputError, MissingDependencyError, TurboAttentionError, invalid
-from turboattention.integrations.converted_models import converted_copy, require_gguf
+from turboattention.integrations.converted_models import converted_copy, read_gguf
 from turboattention.integrations.packaged_models import DEFAULT_MODEL, PACKAGED_MODELS, default_cache_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_TIMEOUT_S = 5.0
 
 
@@ -50,8 +50,7 @@ def load_model(
     cache = default_cache_directory() if cache_directory is None else cache_directory
     with quiet():
         try:
-            location, options = _locate(name, cache)
-            model, tokenizer = _from_pretrained(location, options, dtype)
+            model, tokenizer = _read(name, cache, dtype)
             model = model.to(torch.device(device)).eval()
         except TurboAttentionError:
             raise
@@ -71,25 +70,24 @@ def _require_transformers() -> None:
         ) from error
 
 
-def _locate(name: str, cache_directory: Path) -> tuple[str, dict[str, Any]]:
-    """What to give to ``from_pretrained``: a folder or hub name, and keyword arguments."""
+def _read(name: str, cache_directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokeniser from wherever ``name`` points to."""
     if name in PACKAGED_MODELS:
-        return str(converted_copy(PACKAGED_MODELS[name], cache_directory)), {"local_files_only": True}
+        return _from_pretrained(str(converted_copy(PACKAGED_MODELS[name], cache_directory)), dtype)
     path = Path(name)
     if path.is_file() and path.suffix == ".gguf":
-        require_gguf()
-        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+        return read_gguf(path, dtype)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise _unknown(name, "a folder without config.json")
-        return name, {"local_files_only": True}
+        return _from_pretrained(name, dtype)
     if not _HUB_NAME.fullmatch(name):
         raise _unknown(name)
-    return name, {"local_files_only": _in_hub_cache_only(name)}
+    return _from_pretrained(name, dtype, local_files_only=_is_downloaded(name))
 
 
-def _in_hub_cache_only(name: str) -> bool:
-    """True when the hub's files are on this machine already; asks the hub once, with a short time limit, otherwise."""
+def _is_downloaded(name: str) -> bool:
+    """Whether the hub's files are on this machine; when not, the hub is asked once, with a short time limit."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -109,12 +107,18 @@ def _unknown(name: str, reason: str = "") -> InvalidInputError:
     return invalid("model", f"one of {known}, a path or a hub name that can be reached", received)
 
 
-def _from_pretrained(location: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_pretrained(location: str, dtype: torch.dtype, local_files_only: bool = True) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # trust_remote_code is named because transformers otherwise asks at the terminal.
-    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
-    model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, trust_remote_code=False, **options)
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_files_only}
+    tokenizer = AutoTokenizer.from_pretrained(location, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
+    model, info = loaded
+    # transformers fills absent weights with random numbers and only logs it.
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise invalid(f"weights of {location}", "every tensor of the model", f"{len(absent)} absent, first {absent[0]}")
     return model, tokenizer
 
 
@@ -131,10 +135,10 @@ def quiet() -> Iterator[None]:
 
     verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity(logging.CRITICAL)
-    library.disable_progress_bar()  # type: ignore[no-untyped-call]
+    library.disable_progress_bar()
     try:
         yield
     finally:
         library.set_verbosity(verbosity)
         if bars:
-            library.enable_progress_bar()  # type: ignore[no-untyped-call]
+            library.enable_progress_bar()

@@ -228,7 +228,10 @@ class Enabled:
                 f"past_key_values: expected a TurboCache, received {type(cache).__name__}; "
                 "pass TurboCache(model.config, policy) or leave it out"
             )
-        return args, {**kwargs, "past_key_values": TurboCache(self.model.config, self.policy)}
+        ours = TurboCache(self.model.config, self.policy)
+        if cache is not None and any(getattr(layer, "record_past", False) for layer in cache.layers):
+            ours.activate_past_recording()  # assisted generation: sliding-window layers must be able to go back
+        return args, {**kwargs, "past_key_values": ours}
 
 
 def enable(model: PreTrainedModel, policy: str | Policy = "turbo4") -> Enabled:
@@ -320,6 +323,7 @@ def attend_layer(
     Returns ``[batch, tokens, heads, head_dim]``.
     """
     layer.cache.set_padding(_left_padding(mask, layer.cache.length))
+    layer.cache.observe(query)
     out = attend(query, layer.cache.view(), scale=scaling, softcap=softcap, config=layer.policy.attention)
     layer.cache.settle()
     return out.transpose(1, 2).contiguous()

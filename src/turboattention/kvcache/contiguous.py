@@ -10,7 +10,7 @@ from turboattention.checks import check_heads
 from turboattention.config import CacheConfig, TensorFormat, with_bits
 from turboattention.errors import InvalidInputError, invalid
 from turboattention.kvcache.open_page import ClampedOpenPage, OpenPage
-from turboattention.ops.append import compress_pages, full_pages, gather_sinks, real_tokens
+from turboattention.ops.append import add_query_power, compress_pages, full_pages, gather_sinks, real_tokens
 from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
 from turboattention.quant.layout import PageLayout
 from turboattention.quant.progressive import head_priority, low_priority_heads
@@ -41,6 +41,7 @@ class LayerCache:
         self.sink_key: Tensor | None = None
         self.sink_value: Tensor | None = None
         self.starts: Tensor | None = None
+        self.query_power: Tensor | None = None
         self.latest = 0
 
     @property
@@ -77,6 +78,21 @@ class LayerCache:
     def set_padding(self, starts: Tensor | None) -> None:
         """Number of left-padding tokens of each row, int64 ``[batch]``: they are never attended to nor widen a range."""
         self.starts = starts
+
+    @property
+    def refines(self) -> bool:
+        """Whether any head spends more bits on some channels of K."""
+        return any(key.refined_bits for key, _ in self.formats)
+
+    def observe(self, q: Tensor) -> None:
+        """See the queries ``[batch, heads, tokens, head_dim]`` of the newest tokens: they tell which channels of K matter."""
+        if not self.refines:
+            return
+        real = None
+        if self.starts is not None:
+            columns = torch.arange(self.length - q.shape[2], self.length, device=q.device)
+            real = columns >= self.starts[:, None]
+        self.query_power = add_query_power(self.query_power, q, len(self.formats), real)
 
     def view(self) -> CachedKV:
         """What attention reads. Invalid after the next change of the cache."""
@@ -137,12 +153,14 @@ class LayerCache:
             self.sink_key, self.sink_value = change(self.sink_key), change(self.sink_value)
         if self.starts is not None:
             self.starts = change(self.starts)
+        if self.query_power is not None:
+            self.query_power = change(self.query_power)
 
     @property
     def nbytes(self) -> int:
-        """Every byte held: codes, metadata, sinks, recent window, open page, padding table."""
+        """Every byte held: codes, metadata, sinks, recent window, open page, padding table, query statistics."""
         tensors = [group.pages for group in self.groups]
-        tensors += [x for x in (self.sink_key, self.sink_value, self.starts) if x is not None]
+        tensors += [x for x in (self.sink_key, self.sink_value, self.starts, self.query_power) if x is not None]
         return sum(x.nbytes for x in tensors) + (self.open.nbytes if self.open else 0)
 
     @property
@@ -166,6 +184,7 @@ class LayerCache:
             "sink_key": self.sink_key,
             "sink_value": self.sink_value,
             "starts": self.starts,
+            "query_power": self.query_power,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -173,6 +192,7 @@ class LayerCache:
         self.reset()
         self.page_count, self.latest = state["page_count"], state["latest"]
         self.sink_key, self.sink_value, self.starts = state["sink_key"], state["sink_value"], state["starts"]
+        self.query_power = state["query_power"]
         if state["open"] is not None:
             self.open = self._new_open_page(state["open"]["dtype"])
             self.open.dtype, self.open.tensors = state["open"]["dtype"], dict(state["open"]["tensors"])
@@ -228,7 +248,8 @@ class LayerCache:
             self.page_tokens + first, last - first, self.starts, self.config.sink_tokens, key.device
         )
         chosen = None if scales is None else (scales[0][:, heads], scales[1][:, heads])
-        return compress_pages(group.layout, key[:, heads, first:last], value[:, heads, first:last], valid, chosen)
+        power = None if self.query_power is None else self.query_power[:, heads]
+        return compress_pages(group.layout, key[:, heads, first:last], value[:, heads, first:last], valid, chosen, power)
 
     def _keep_sinks(self, key: Tensor, value: Tensor) -> None:
         if self.sink_key is None or self.sink_value is None:

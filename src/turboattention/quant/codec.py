@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from turboattention.checks import to_float16
 from turboattention.config import TensorFormat
 from turboattention.quant import affine, two_level
 from turboattention.quant.granularity import PerBlock, PerChannel
@@ -19,18 +20,36 @@ class Side(NamedTuple):
 
     codes: uint8 (or float16 when stored at 16 bits) ``[..., tokens, channels]``.
     scale, zero: float32 ``[..., tokens or 1, channels, groups or 1]``.
+    refinement: fractions of a code to add to some channels, or None.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
+    refinement: "Refinement | None" = None
 
     def expand(self) -> Tensor:
         """The float32 values (still rotated)."""
         groups = self.scale.shape[-1]
         spread = self.codes.shape[-1] // groups if groups > 1 else 1
         scale, zero = (x.repeat_interleave(spread, -1) if spread > 1 else x for x in (self.scale, self.zero))
-        return affine.dequantize(self.codes, scale, zero)
+        codes = self.codes.float()
+        if self.refinement is not None:
+            channels, fraction = self.refinement.channels, self.refinement.codes * self.refinement.unit
+            index = channels.unsqueeze(-2).expand(*codes.shape[:-1], -1)
+            codes = codes.scatter_add(-1, index, fraction.transpose(-2, -1))
+        return affine.dequantize(codes, scale, zero)
+
+
+class Refinement(NamedTuple):
+    """The lower plane of some channels: ``code + unit * refined code``.
+
+    channels: int64 ``[..., refined]``; codes: uint8 ``[..., refined, tokens]``; unit: 2 ** -refined_bits.
+    """
+
+    channels: Tensor
+    codes: Tensor
+    unit: float
 
 
 class Pages(NamedTuple):
@@ -46,11 +65,14 @@ def encode_pages(
     value: Tensor,
     valid: Tensor | None = None,
     tile_scales: tuple[Tensor, Tensor] | None = None,
+    query_power: Tensor | None = None,
 ) -> Tensor:
     """Compress full pages.
 
     key, value: ``[..., tokens, channels]``, any float dtype; K after RoPE.
     valid: bool ``[..., tokens]``; the others (padding, sink tokens) are stored but do not widen any range.
+    query_power: squared queries per channel ``[..., channels]`` in any common unit, which say where errors of K matter;
+        used to choose refined channels. None: all channels alike.
     tile_scales: FlashQ only: float16 ``[..., 1, 1]`` scales of K and V to use in stage 1 instead of the tile's own.
     Returns uint8 ``[..., layout.nbytes]``. Raises InvalidInputError when a value exceeds the range of float16.
     """
@@ -61,14 +83,14 @@ def encode_pages(
         ("value", layout.value, value, scales[1]),
     ):
         if fmt.bits == 16:
-            layout.write(pages, f"{side}_codes", x)
+            layout.write(pages, f"{side}_codes", to_float16(side, x))
             continue
         x = x.float()
         if valid is not None:
             x = _neutralise(x, valid, fmt)
         if fmt.rotate:
             x = rotate(x)
-        codes, metadata = _quantize(layout, fmt, x, tile_scale, side)
+        codes, metadata = _quantize(layout, fmt, x, tile_scale, query_power, side)
         layout.write(pages, f"{side}_codes", _pack_side(side, codes, fmt.bits))
         for name, values in metadata.items():
             layout.write(pages, f"{side}_{name}", values)
@@ -98,7 +120,7 @@ def _neutralise(x: Tensor, valid: Tensor, fmt: TensorFormat) -> Tensor:
 
 
 def _quantize(
-    layout: PageLayout, fmt: TensorFormat, x: Tensor, tile_scale: Tensor | None, side: str
+    layout: PageLayout, fmt: TensorFormat, x: Tensor, tile_scale: Tensor | None, query_power: Tensor | None, side: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     if fmt.metadata == "flashq":
         stage1 = quantize_stage1(x)
@@ -114,8 +136,17 @@ def _quantize(
     flat = x.shape[:-2]
     scale, zero = exact.scale.reshape(*flat, -1), exact.zero.reshape(*flat, -1)
     metadata: dict[str, Tensor] = {}
+    refined: Tensor | None = None
+    if count := fmt.refined_channels(layout.head_dim):
+        refined = _choose_refined(scale, query_power, count)
+        # A finer grid has its own best range; its scale is kept in units of the upper plane.
+        finer = affine.quantize(x, fmt.bits + fmt.refined_bits, fmt.granularity, search=fmt.search)
+        chosen = torch.zeros_like(scale, dtype=torch.bool).scatter(-1, refined, True)
+        scale = torch.where(chosen, finer.scale.flatten(-2) * 2**fmt.refined_bits, scale)
+        zero = torch.where(chosen, finer.zero.flatten(-2), zero)
+        metadata["refined_index"] = refined
     if fmt.metadata == "float16":
-        metadata["scale"], metadata["zero"] = scale.to(torch.float16), zero.to(torch.float16)
+        metadata["scale"], metadata["zero"] = to_float16(f"{side} scale", scale), to_float16(f"{side} zero", zero)
         scale, zero = metadata["scale"].float(), metadata["zero"].float()
     else:
         metadata["page_scale"], metadata["scale"] = two_level.round_scales(scale, f"{side} range")
@@ -127,9 +158,31 @@ def _quantize(
         metadata.pop("zero", None)
         zero = _symmetric_zero(scale, fmt.bits)
     # The codes belong to the rounded metadata, which is what a reader will see.
+    if refined is not None:
+        return _encode_planes(fmt, x, scale.unsqueeze(-2), zero.unsqueeze(-2), refined, metadata)
     y, _ = affine.grouped(x, fmt.granularity)
     codes = affine.encode(y, scale.reshape(exact.scale.shape), zero.reshape(exact.scale.shape), fmt.bits)
     return affine.ungroup(codes, fmt.granularity), metadata
+
+
+def _choose_refined(scale: Tensor, query_power: Tensor | None, count: int) -> Tensor:
+    """Channels with the largest expected score error: query power x squared step. Ascending int64 ``[..., count]``."""
+    harm = scale.square() if query_power is None else scale.square() * query_power
+    # Stable, so that equal channels give the same page everywhere.
+    order = harm.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :count].sort(-1).values
+
+
+def _encode_planes(
+    fmt: TensorFormat, x: Tensor, scale: Tensor, zero: Tensor, refined: Tensor, metadata: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    codes = affine.encode(x, scale, zero, fmt.bits)
+    index = refined.unsqueeze(-2).expand(*x.shape[:-1], -1)
+    part_scale, part_zero = (s.gather(-1, refined.unsqueeze(-2)) for s in (scale, zero))
+    unit = 2**fmt.refined_bits
+    fine = affine.encode(x.gather(-1, index), part_scale / unit, part_zero, fmt.bits + fmt.refined_bits)
+    metadata["refined_codes"] = pack((fine & (unit - 1)).transpose(-2, -1).contiguous(), fmt.refined_bits)
+    return codes.scatter(-1, index, fine >> fmt.refined_bits), metadata
 
 
 def _symmetric_zero(scale: Tensor, bits: int) -> Tensor:
@@ -163,4 +216,8 @@ def _decode_side(layout: PageLayout, pages: Tensor, side: str, fmt: TensorFormat
         zero = _symmetric_zero(exact, fmt.bits)
     else:
         zero = two_level.expand_zeros(layout.read(pages, f"{side}_page_zero"), layout.read(pages, f"{side}_zero"))
-    return Side(codes, exact.unflatten(-1, shape), zero.unflatten(-1, shape))
+    refinement = None
+    if fmt.refined_channels(layout.head_dim):
+        low = unpack(layout.read(pages, f"{side}_refined_codes"), fmt.refined_bits)
+        refinement = Refinement(layout.read(pages, f"{side}_refined_index").long(), low, 2.0**-fmt.refined_bits)
+    return Side(codes, exact.unflatten(-1, shape), zero.unflatten(-1, shape), refinement)

@@ -38,8 +38,9 @@ class Region(NamedTuple):
 class PageLayout:
     """The layout of one page.
 
-    Order: codes of K, codes of V, float16 metadata, byte metadata, padding to 16 bytes. K codes are ``[tokens, D * bits / 8]``,
-    V codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of `packing.permute_tokens`.
+    Order: codes of K, refined codes of K, codes of V, float16 metadata, byte metadata, padding to 16 bytes. K codes are
+    ``[tokens, D * bits / 8]``; V codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of
+    `packing.permute_tokens`; refined codes are ``[channels, tokens * bits / 8]`` with their channels in ``refined_index``.
     """
 
     page_size: int
@@ -99,6 +100,9 @@ class PageLayout:
             # FlashQ's offset is in units of the page scale; ours has a float16 number of its own.
             fields += [] if fmt.metadata == "flashq" else [("page_zero", (1,), torch.float16)]
             fields += [("zero", (a * b,), torch.int8)]
+        if refined := fmt.refined_channels(channels):
+            fields += [("refined_index", (refined,), torch.uint8)]
+            fields += [("refined_codes", (refined, packed_bytes(tokens, fmt.refined_bits)), torch.uint8)]
         return fields
 
     @cached_property

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from turboattention.checks import to_float16
 from turboattention.quant.affine import TINY, levels
 
 STAGE1_LIMIT = 119
@@ -33,7 +34,7 @@ class Stage2(NamedTuple):
 
 def quantize_stage1(x: Tensor) -> Stage1:
     """INT8 codes of tiles ``[..., tokens, channels]``."""
-    scale = (x.float().abs().amax((-2, -1), keepdim=True) / STAGE1_LIMIT).to(torch.float16)
+    scale = to_float16("tile scale", x.float().abs().amax((-2, -1), keepdim=True) / STAGE1_LIMIT)
     return Stage1(quantize_with_scale(x, scale), scale)
 
 

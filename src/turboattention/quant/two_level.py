@@ -7,10 +7,11 @@
 import torch
 from torch import Tensor
 
-from turboattention.errors import invalid
+from turboattention.checks import to_float16
 
 SCALE_STEPS = 255
 ZERO_STEPS = 127
+SMALLEST = 2.0**-24  # of float16, subnormal: what a page scale can be without being zero
 
 
 def page_maximum(x: Tensor, name: str) -> Tensor:
@@ -18,16 +19,13 @@ def page_maximum(x: Tensor, name: str) -> Tensor:
     exact = x.abs().amax(-1, keepdim=True)
     rounded = exact.to(torch.float16)
     short = rounded.float() < exact
-    rounded = torch.where(short, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded)
-    if not bool(torch.isfinite(rounded).all()):
-        raise invalid(name, "magnitudes up to 65504", f"{float(exact.max()):.4g}", "use preset 'fp16' for this model")
-    return rounded
+    return to_float16(name, torch.where(short, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded))
 
 
 def round_scales(scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Scales ``[..., n]`` -> (page scale float16 ``[..., 1]``, codes uint8 ``[..., n]`` from 1 to 255), rounded to nearest."""
     page = page_maximum(scale, name)
-    codes = (scale / page.float().clamp_min(torch.finfo(torch.float16).tiny) * SCALE_STEPS).round().clamp(1, SCALE_STEPS)
+    codes = (scale / page.float().clamp_min(SMALLEST) * SCALE_STEPS).round().clamp(1, SCALE_STEPS)
     return page, codes.to(torch.uint8)
 
 
@@ -39,7 +37,7 @@ def expand_scales(page: Tensor, codes: Tensor) -> Tensor:
 def round_zeros(zero: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Zeros ``[..., n]`` -> (page zero float16 ``[..., 1]``, codes int8 ``[..., n]`` from -127 to 127)."""
     page = page_maximum(zero, name)
-    codes = (zero / page.float().clamp_min(torch.finfo(torch.float16).tiny) * ZERO_STEPS).round()
+    codes = (zero / page.float().clamp_min(SMALLEST) * ZERO_STEPS).round()
     return page, codes.clamp(-ZERO_STEPS, ZERO_STEPS).to(torch.int8)
 
 

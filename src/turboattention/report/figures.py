@@ -1,4 +1,4 @@
-"""The figures of a comparison in the order of every table: label, meaning in plain words, and how a value is written."""
+"""The figures of a comparison in the order of every table: label, meaning, and how a value is written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ def summary(candidate: CandidateResult) -> str:
     if low > 0:
         loss = f"quality falls by {small(candidate.delta_nll)} nats per token"
     elif high < 0:
-        loss = f"this text comes out {small(-candidate.delta_nll)} nats per token better, which says nothing about others"
+        loss = f"this text comes out {small(-candidate.delta_nll)} nats per token better, others may not"
     else:
         loss = "no loss of quality can be told from zero on this text"
     return (

@@ -20,7 +20,7 @@ def render_html(result: ComparisonResult, command: str) -> str:
         model=printable(result.model),
         texts=[printable(name) for name in result.text],
         tokens=result.tokens,
-        prompt=printable(result.prompt),
+        prompt=printable(result.prompt).strip(),
         command=printable(command),
         environment=_rows(result.environment),
         baseline_name=BASELINE,
@@ -31,7 +31,7 @@ def render_html(result: ComparisonResult, command: str) -> str:
                 "result": candidate,
                 "colour": number % plots.COLOURS,
                 "dashes": " ".join(map(str, plots.dashes(number))),
-                "pair": mark_differences(result.baseline.continuation, candidate.continuation),
+                "pair": mark_differences(result.baseline.continuation.strip(), candidate.continuation.strip()),
             }
             for number, candidate in enumerate(result.candidates)
         ],
@@ -57,5 +57,8 @@ def _rows(environment: dict[str, Any], prefix: str = "") -> list[tuple[str, str]
     rows: list[tuple[str, str]] = []
     for key, value in environment.items():
         name = printable(f"{prefix}{key}")
-        rows += _rows(value, f"{name}.") if isinstance(value, dict) else [(name, printable(str(value)))]
+        if isinstance(value, dict):
+            rows += _rows(value, f"{name}.")
+        else:
+            rows.append((name, "none" if value is None else printable(str(value))))
     return rows

@@ -8,24 +8,25 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402 - the backend has to be chosen first
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter, PercentFormatter
 
-from turboattention.evaluation.result import CandidateResult, ComparisonResult, Series  # noqa: E402
-from turboattention.report.figures import BASELINE, size  # noqa: E402
-from turboattention.report.words import printable  # noqa: E402
+from turboattention.evaluation.result import CandidateResult, ComparisonResult, Series
+from turboattention.report.figures import BASELINE, size
+from turboattention.report.words import printable
 
 COLOURS = 9  # the page defines --series-0 to --series-8
 DASHES = ((), (6, 2), (2, 2))  # told apart without colour: one more dash pattern after each three colours
 
 _PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+_POWER = FuncFormatter(lambda exponent, _: f"{10**exponent:g}")  # the edges of the histogram are log10
 _INK, _GRID, _BASELINE = "#010101", "#010102", "#010103"  # placeholders, replaced by CSS in the finished SVG
 _VARIABLES = {_INK: "currentColor", _GRID: "var(--grid)", _BASELINE: "var(--muted)"}
 _SERIES = tuple(f"#0201{number:02x}" for number in range(COLOURS))
 _VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES)}
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 11,
@@ -63,14 +64,12 @@ def kl_histogram(result: ComparisonResult) -> str:
         for number, candidate in enumerate(result.candidates):
             steps = candidate.kl_histogram
             axes.step(steps.x, steps.y, where="post", **_line(number))
-        if all(min(c.kl_histogram.x, default=0) > 0 for c in result.candidates):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(numticks=6))
-            axes.xaxis.set_major_formatter(_PLAIN)
-            axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MultipleLocator(2))
+        axes.xaxis.set_major_formatter(_POWER)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("KL of one position, nats")
-        axes.set_ylabel("positions")
+        axes.set_ylabel("share of positions")
         return _svg(figure)
 
 
@@ -121,6 +120,8 @@ def _choose_scale(axes: Axes, curves: list[Series]) -> None:
     peaks = [max(curve.y, default=0.0) for curve in curves]
     if peaks and min(peaks) * 5 < max(peaks) and all(y > 0 for curve in curves for y in curve.y):
         axes.set_yscale("log")
+        # The first page is not compressed yet: its rounding errors would stretch the axis by many decades.
+        axes.set_ylim(bottom=min(peaks) / 30)
         axes.yaxis.set_major_formatter(_PLAIN)
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:

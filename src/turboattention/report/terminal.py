@@ -11,6 +11,7 @@ from turboattention.report.words import Piece, mark_differences, printable
 
 _LABEL_WIDTH = 22
 _COLUMN_WIDTH = 19  # an interval such as "98.91 to 99.27 %" with its margins
+_PROMPT_SHOWN = 300  # the end of a longer prompt is what the continuations go on with
 
 
 def print_comparison(result: ComparisonResult, console: Console) -> None:
@@ -20,8 +21,11 @@ def print_comparison(result: ComparisonResult, console: Console) -> None:
     per_table = max(1, (console.width - _LABEL_WIDTH) // _COLUMN_WIDTH - 1)
     for start in range(0, len(result.candidates), per_table):
         console.print(_figures(result, result.candidates[start : start + per_table]))
-    console.print(Text("Second lines are 95 % bootstrap intervals. Lower perplexity, nats and KL are better.", style="dim"))
-    console.print(Text.assemble(("\nPrompt: ", "bold"), printable(result.prompt)))
+    note = "Second lines: 95 % bootstrap intervals. Lower perplexity, nats and KL are better."
+    console.print(Text(note, style="dim"))
+    prompt = printable(result.prompt).strip()
+    shown = prompt if len(prompt) <= _PROMPT_SHOWN else f"… {prompt[-_PROMPT_SHOWN:]}"
+    console.print(Text.assemble(("\nPrompt: ", "bold"), shown))
     for candidate in result.candidates:
         console.print(_continuations(result, candidate))
 
@@ -51,7 +55,7 @@ def _cell(value: Value | None) -> Text:
 
 
 def _continuations(result: ComparisonResult, candidate: CandidateResult) -> Table:
-    before, after = mark_differences(result.baseline.continuation, candidate.continuation)
+    before, after = mark_differences(result.baseline.continuation.strip(), candidate.continuation.strip())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     table.add_column(BASELINE, ratio=1)
     table.add_column(Text(printable(candidate.preset)), ratio=1)

@@ -27,17 +27,32 @@ def compress_pages(
     value: Tensor,
     valid: Tensor | None = None,
     tile_scales: tuple[Tensor, Tensor] | None = None,
+    query_power: Tensor | None = None,
 ) -> Tensor:
     """Compress the tokens of whole pages.
 
     key, value: ``[batch, heads, pages * page_size, head_dim]``; valid: bool ``[batch or 1, tokens]`` from `real_tokens`.
-    tile_scales: see `encode_pages`, here ``[batch, heads, 1, 1]``.
+    tile_scales, query_power: see `encode_pages`, here ``[batch, heads, 1, 1]`` and ``[batch, heads, head_dim]``.
     Returns uint8 ``[batch, heads, pages, layout.nbytes]``.
     """
     size = layout.page_size
     mask = None if valid is None else valid.unflatten(-1, (-1, size))[:, None].expand(*key.shape[:2], -1, -1)
     scales = None if tile_scales is None else (tile_scales[0].unsqueeze(2), tile_scales[1].unsqueeze(2))
-    return encode_pages(layout, key.unflatten(2, (-1, size)), value.unflatten(2, (-1, size)), mask, scales)
+    power = None if query_power is None else query_power.unsqueeze(2)
+    return encode_pages(layout, key.unflatten(2, (-1, size)), value.unflatten(2, (-1, size)), mask, scales, power)
+
+
+def add_query_power(power: Tensor | None, q: Tensor, kv_heads: int, real: Tensor | None) -> Tensor:
+    """Add the squares of new queries to the running sum that chooses refined channels.
+
+    power: float32 ``[batch, kv_heads, head_dim]`` or None; q: ``[batch, heads, queries, head_dim]``; real: bool
+    ``[batch, queries]`` without padding, or None.
+    """
+    squares = q.float().square()
+    if real is not None:
+        squares = squares * real[:, None, :, None]
+    new = squares.unflatten(1, (kv_heads, -1)).sum((2, 3))
+    return new if power is None else power + new
 
 
 def gather_sinks(sinks: Tensor, tokens: Tensor, first: int, starts: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ With ``value = code * scale + zero``:
 
 - per channel: ``q . k_t = sum_c (q_c scale_c) code_tc + sum_c q_c zero_c`` and
   ``out_c = scale_c sum_t p_t code_tc + zero_c sum_t p_t``;
+- refined channels of K: the same with ``code + unit * refined code``, one small product more;
 - per token: ``q . k_t = scale_t sum_c q_c code_tc + zero_t sum_c q_c`` and
   ``out_c = sum_t (p_t scale_t) code_tc + sum_t p_t zero_t``.
 
@@ -13,7 +14,7 @@ Shapes: q and p ``[..., rows, channels or tokens]`` broadcast against codes ``[.
 import torch
 from torch import Tensor
 
-from turboattention.quant.codec import Side
+from turboattention.quant.codec import Refinement, Side
 
 
 def fold_scores(q: Tensor, key: Side) -> Tensor:
@@ -24,11 +25,20 @@ def fold_scores(q: Tensor, key: Side) -> Tensor:
         product = codes.transpose(-2, -1).to(q.dtype)
         scale, zero = scale.to(q.dtype), zero.to(q.dtype)
         if scale.shape[-2] == 1:
-            parts.append((part * scale) @ product + (part * zero).sum(-1, keepdim=True))
+            folded = part * scale
+            parts.append(folded @ product + (part * zero).sum(-1, keepdim=True))
+            if key.refinement is not None:
+                parts[-1] += _refined_scores(folded, key.refinement)
         else:
             row = scale.transpose(-2, -1), zero.transpose(-2, -1)
             parts.append((part @ product) * row[0] + part.sum(-1, keepdim=True) * row[1])
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def _refined_scores(folded: Tensor, refinement: Refinement) -> Tensor:
+    """What the lower plane adds: a product over the refined channels alone."""
+    index = refinement.channels.unsqueeze(-2).expand(*folded.shape[:-1], -1)
+    return (folded.gather(-1, index) * refinement.unit) @ refinement.codes.to(folded.dtype)
 
 
 def fold_values(p: Tensor, value: Side) -> Tensor:

@@ -1,0 +1,104 @@
+"""``turboattention doctor``: what this machine can run, which implementations are chosen, and a self-test."""
+
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from turboattention.cli.options import JsonOption, check_outputs, to_json
+from turboattention.cli.requirements import INSTALL
+from turboattention.cli.selftest import self_test
+from turboattention.ops import implementations
+from turboattention.report.figures import small
+from turboattention.report.files import write_atomic
+
+OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 17), (5, 23)
+SELF_TEST_FAILED = 1
+
+
+def doctor(json_path: JsonOption = None) -> None:
+    """Show what this machine can run and why, and test it. Exit status 1 when the self-test fails."""
+    check_outputs(json_path)
+    checks = self_test()
+    passed = all(check.passed for check in checks)
+    report = {
+        "schema": 1,
+        "environment": _environment(),
+        "operators": [{"name": n, "implementation": i, "reason": _reason(i)} for n, i in implementations().items()],
+        "self_test": [{**asdict(check), "passed": check.passed} for check in checks],
+        "passed": passed,
+    }
+    if json_path:
+        write_atomic(json_path, to_json(report))
+    _show(report)
+    if not passed:
+        raise typer.Exit(SELF_TEST_FAILED)
+
+
+def _environment() -> list[dict[str, str]]:
+    rows = [
+        ("python", platform.python_version(), "3.11 or later is supported"),
+        ("torch", str(torch.__version__), f"{torch.get_num_threads()} threads"),
+        ("transformers", _version("transformers"), _transformers()),
+        ("triton", _version("triton"), "this version has no Triton kernels"),
+        ("vllm", _version("vllm"), "this version has no vLLM backend"),
+        ("CUDA", _gpu(), "--device cuda runs the model and the PyTorch operators there" if _gpu() != "none" else ""),
+    ]
+    rows += [(name, _version(name), _for(name)) for name in ("jinja2", "matplotlib", "gguf", "accelerate")]
+    return [{"name": name, "version": version, "note": note} for name, version, note in rows]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _transformers() -> str:
+    oldest, newest = (".".join(map(str, v)) for v in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
+    installed = _version("transformers")
+    numbers = installed.split(".")[:2]
+    if not all(number.isdigit() for number in numbers):
+        return f"needed for models ({oldest} to {newest}): {INSTALL}"
+    inside = OLDEST_TRANSFORMERS <= tuple(map(int, numbers)) <= NEWEST_TRANSFORMERS
+    return f"{'in' if inside else 'OUTSIDE'} the supported range {oldest} to {newest}"
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+def _for(package: str) -> str:
+    purpose = "for HTML pages" if package in ("jinja2", "matplotlib") else "for models in GGUF files"
+    return purpose if _version(package) != "not installed" else f"{purpose}: {INSTALL}"
+
+
+def _reason(implementation: str) -> str:
+    if implementation.startswith("reference"):
+        return "this version has no compiled kernel; same results, slower"
+    return "the kernel made for this device"
+
+
+def _show(report: dict[str, Any]) -> None:
+    console = Console()
+    for title, columns in (
+        ("environment", ("name", "version", "note")),
+        ("operators", ("name", "implementation", "reason")),
+    ):
+        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in report[title]:
+            table.add_row(*(row[column] for column in columns))
+        console.print(table, markup=False)
+    table = Table("self-test", "error", "limit", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    for check in report["self_test"]:
+        verdict = "ok" if check["passed"] else "FAILED"
+        table.add_row(check["name"], small(check["error"]), small(check["limit"]), verdict)
+    console.print(table)
+    console.print("All self-tests passed." if report["passed"] else "FAILED: do not trust this installation.")

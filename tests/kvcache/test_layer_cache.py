@@ -1,0 +1,715 @@
+"""Bookkeeping of the cache against a plain list of tokens kept here: random operations, then single rules."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor
+
+from turboattention.config import CacheConfig, presets
+from turboattention.errors import InvalidInputError
+from turboattention.kvcache import LayerCache
+from turboattention.ops import prefill_attention
+from turboattention.policy import Override, Policy
+from turboattention.quant.codec import encode_pages, expand_pages
+from turboattention.quant.error import sqnr_db
+from turboattention.quant.layout import PageLayout
+from turboattention.quant.progressive import head_priority, low_priority_heads
+
+HEADS, DIM, RATIO = 3, 64, 2
+ROLLBACK = 64  # newest tokens of the latest append that a step leaves exact
+
+
+def random_tokens(seed: int, batch: int, tokens: int, heads: int = HEADS, dim: int = DIM) -> Tensor:
+    return torch.randn(batch, heads, tokens, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def variant(preset: str, **changes: int | str) -> CacheConfig:
+    return replace(presets()[preset].cache, **changes)
+
+
+@dataclass(frozen=True)
+class Case:
+    config: CacheConfig
+    overrides: tuple[Override, ...] = ()
+
+    def formats(self, heads: int = HEADS) -> list:
+        return Policy("test", self.config, overrides=self.overrides).head_formats(0, heads)
+
+    def cache(self, heads: int = HEADS) -> LayerCache:
+        return LayerCache(self.config, self.formats(heads))
+
+
+CASES = {
+    **{name: Case(preset.cache) for name, preset in presets().items()},
+    "turbo4-mixed-heads": Case(
+        variant("turbo4", sink_tokens=4), (Override(8, head=1), Override(2, head=2, tensor="value"))
+    ),
+    "turbo3-pages-of-32-window-40": Case(variant("turbo3", page_size=32, sink_tokens=5, recent_window=40)),
+    "key-of-one-head-at-16": Case(variant("turbo2"), (Override(16, head=0, tensor="key"),)),
+    "paper4-sinks-and-window": Case(variant("paper4", page_size=32, sink_tokens=3, recent_window=10)),
+    "kivi4-without-window": Case(variant("kivi4", recent_window=0, sink_tokens=2)),
+}
+
+
+@dataclass
+class Page:
+    """What the test remembers of a compressed page."""
+
+    scales: tuple[Tensor, Tensor] | None
+    power: Tensor | None
+
+
+@dataclass
+class Plain:
+    """The same cache as lists: one tensor for each token, and no bytes."""
+
+    config: CacheConfig
+    compresses: bool
+    refines: bool
+    starts: Tensor | None
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    pages: list[Page] = field(default_factory=list)
+    settled: int = 0
+    latest: int = 0
+    scales: tuple[Tensor, Tensor] | None = None
+    power: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def clamps(self) -> bool:
+        return self.config.open_page == "int8_clamped"
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        self.commit()
+        dtype = torch.float16 if self.compresses else key.dtype
+        if self.scales is None and self.clamps:
+            k, v = ((x.to(dtype).float().abs().amax((2, 3), keepdim=True) / 119).half() for x in (key, value))
+            self.scales = (k, v)
+        self.keys += [key[:, :, t].to(dtype) for t in range(key.shape[2])]
+        self.values += [value[:, :, t].to(dtype) for t in range(value.shape[2])]
+        self.latest = key.shape[2]
+
+    def observe(self, q: Tensor) -> None:
+        if not self.refines:
+            return
+        squares = q.square().clone()
+        for row in range(q.shape[0] if self.starts is not None else 0):
+            hidden = int(self.starts[row]) - (len(self.keys) - q.shape[2])
+            squares[row, :, : max(0, hidden)] = 0.0
+        new = squares.unflatten(1, (HEADS, RATIO)).sum((2, 3))
+        self.power = new if self.power is None else self.power + new
+
+    def compress(self, keep: int) -> None:
+        size = self.config.page_size
+        while self.compresses and len(self.keys) - keep >= (len(self.pages) + 1) * size:
+            bound = self.clamps and len(self.pages) * size < self.settled
+            self.pages.append(Page(self.scales if bound else None, self.power))
+
+    def commit(self) -> None:
+        if not self.keys:
+            return
+        self.compress(self.config.recent_window)
+        first = max(self.settled, len(self.pages) * self.config.page_size)
+        for t in range(first, len(self.keys) if self.clamps else 0):
+            for tokens, scale in zip((self.keys, self.values), self.scales, strict=True):
+                unit = scale[:, :, 0].float()
+                tokens[t] = (tokens[t].float() / unit).round().clamp(-119, 119) * unit
+        if self.clamps:
+            self.settled = len(self.keys)
+        self.latest = 0
+
+    def settle(self) -> None:
+        self.compress(max(self.config.recent_window, min(self.latest, ROLLBACK)))
+
+    def crop(self, length: int) -> None:
+        removed = len(self.keys) - length
+        del self.keys[length:], self.values[length:], self.pages[length // self.config.page_size :]
+        self.settled, self.latest = min(self.settled, length), max(0, self.latest - removed)
+        if length == 0:
+            self.scales = self.power = None
+
+    def may_crop(self, length: int) -> bool:
+        page_tokens = len(self.pages) * self.config.page_size
+        return length >= page_tokens or length % self.config.page_size == 0
+
+    def map(self, rows: list[int]) -> None:
+        self.keys, self.values = [x[rows] for x in self.keys], [x[rows] for x in self.values]
+        self.starts = None if self.starts is None else self.starts[rows]
+        self.scales = _rows(self.scales, rows)
+        self.power = None if self.power is None else self.power[rows]
+        self.pages = [Page(_rows(p.scales, rows), None if p.power is None else p.power[rows]) for p in self.pages]
+
+    def real(self, first: int, count: int) -> Tensor:
+        """Tokens that may widen a range: neither padding nor sinks."""
+        starts = [0] * self.batch if self.starts is None else self.starts.tolist()
+        rows = [[t >= start + self.config.sink_tokens for t in range(first, first + count)] for start in starts]
+        return torch.tensor(rows)
+
+
+def _rows(scales: tuple[Tensor, Tensor] | None, rows: list[int]) -> tuple[Tensor, Tensor] | None:
+    return None if scales is None else (scales[0][rows], scales[1][rows])
+
+
+def assert_same(cache: LayerCache, plain: Plain, verified_pages: int = 0) -> None:
+    """Everything the cache holds is what the list says; pages before ``verified_pages`` are not encoded again."""
+    size = plain.config.page_size
+    page_tokens = len(plain.pages) * size
+    assert cache.length == len(plain.keys)
+    assert cache.page_tokens == page_tokens
+    if not plain.keys:
+        assert cache.nbytes == 0
+        assert cache.num_values == 0
+        return
+    key, value = torch.stack(plain.keys, 2), torch.stack(plain.values, 2)
+    view = cache.view()
+    assert view.length == len(plain.keys)
+    assert torch.equal(view.tail_key.float(), key[:, :, page_tokens:].float())
+    assert torch.equal(view.tail_value.float(), value[:, :, page_tokens:].float())
+    if plain.pages:
+        assert sorted(h for group in cache.groups for h in group.heads) == list(range(HEADS))
+    for group in cache.groups:
+        assert group.pages.shape == (plain.batch, len(group.heads), len(plain.pages), group.layout.nbytes)
+        heads = list(group.heads)
+        for p in range(verified_pages, len(plain.pages)):
+            tokens, page = slice(p * size, (p + 1) * size), plain.pages[p]
+            expected = encode_pages(
+                group.layout,
+                key[:, heads, tokens],
+                value[:, heads, tokens],
+                plain.real(p * size, size)[:, None].expand(-1, len(heads), -1),
+                None if page.scales is None else (page.scales[0][:, heads], page.scales[1][:, heads]),
+                None if page.power is None else page.power[:, heads],
+            )
+            assert torch.equal(group.pages[:, :, p], expected), f"page {p} of heads {heads}"
+    _assert_sinks(cache, plain, key, value)
+    _assert_bytes(cache, plain)
+    assert cache.num_values == 2 * plain.batch * HEADS * DIM * len(plain.keys)
+
+
+def _assert_sinks(cache: LayerCache, plain: Plain, key: Tensor, value: Tensor) -> None:
+    page_tokens = len(plain.pages) * plain.config.page_size
+    for row in range(plain.batch):
+        start = 0 if plain.starts is None else int(plain.starts[row])
+        for slot in range(plain.config.sink_tokens):
+            if start + slot < page_tokens:
+                assert torch.equal(cache.sink_key[row, :, slot].float(), key[row, :, start + slot].float())
+                assert torch.equal(cache.sink_value[row, :, slot].float(), value[row, :, start + slot].float())
+
+
+def _assert_bytes(cache: LayerCache, plain: Plain) -> None:
+    config, rows = plain.config, plain.batch * HEADS
+    tail = len(plain.keys) - len(plain.pages) * config.page_size
+    settled = max(0, plain.settled - len(plain.pages) * config.page_size)
+    expected = sum(plain.batch * len(g.heads) * g.layout.nbytes * len(plain.pages) for g in cache.groups)
+    expected += 2 * rows * DIM * (settled + (2 if plain.compresses else 4) * (tail - settled))
+    expected += 2 * rows * 2 if plain.clamps else 0  # the universal scales of K and V
+    if cache.sink_key is not None:
+        expected += 2 * rows * config.sink_tokens * DIM * cache.sink_key.element_size()
+    expected += 0 if plain.starts is None else 8 * plain.batch
+    expected += 0 if plain.power is None else 4 * rows * DIM
+    assert cache.nbytes == expected
+    # No tensor keeps more memory alive than it shows.
+    held = [g.pages for g in cache.groups] + list(cache.open.tensors.values())
+    held += [x for x in (cache.sink_key, cache.sink_value) if x is not None]
+    assert sum(x.untyped_storage().nbytes() for x in held) == sum(x.nbytes for x in held)
+
+
+def flat(state: object) -> list:
+    """Leaves of nested dicts and lists."""
+    if isinstance(state, dict):
+        return [leaf for key in state for leaf in [key, *flat(state[key])]]
+    if isinstance(state, list | tuple):
+        return [leaf for item in state for leaf in flat(item)]
+    return [state.clone() if isinstance(state, Tensor) else state]
+
+
+def assert_unchanged(cache: LayerCache, before: list) -> None:
+    after = flat(cache.state())
+    assert len(after) == len(before)
+    for a, b in zip(after, before, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+class CacheMachine(RuleBasedStateMachine):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.cache = case.cache()
+
+    @initialize(
+        starts=st.one_of(st.none(), st.lists(st.integers(0, 150), min_size=1, max_size=3)), seed=st.integers(0, 99)
+    )
+    def start(self, starts: list[int] | None, seed: int) -> None:
+        rows = None if starts is None else torch.tensor(starts)
+        self.plain = Plain(self.case.config, self.cache.compresses, self.cache.refines, rows)
+        self.batch, self.seed, self.verified = 2 if starts is None else len(starts), seed, 0
+
+    def tokens(self, count: int) -> tuple[Tensor, Tensor]:
+        self.seed += 2
+        key, value = (random_tokens(1000 + self.seed + i, self.batch, count) for i in (0, 1))
+        key[..., 5] = key[..., 5] * 4.0 + 10.0
+        return key, value
+
+    @rule(count=st.one_of(st.integers(1, 3), st.integers(60, 70), st.integers(1, 160)))
+    def append(self, count: int) -> None:
+        key, value = self.tokens(count)
+        self.cache.append(key, value)
+        self.plain.append(key, value)
+        self.cache.set_padding(self.plain.starts)
+        q = random_tokens(self.seed, self.batch, count, HEADS * RATIO)
+        self.cache.observe(q)
+        self.plain.observe(q)
+
+    @rule()
+    def settle(self) -> None:
+        self.cache.settle()
+        self.plain.settle()
+
+    @rule()
+    def commit(self) -> None:
+        self.cache.commit()
+        self.plain.commit()
+
+    @precondition(lambda self: self.plain.keys)
+    @rule(share=st.floats(0, 1), recent=st.booleans())
+    def crop(self, share: float, recent: bool) -> None:
+        length = len(self.plain.keys) - round(share * 64) if recent else round(share * len(self.plain.keys))
+        length = max(0, length)
+        if self.plain.may_crop(length):
+            self.cache.crop(length)
+            self.plain.crop(length)
+            self.verified = min(self.verified, len(self.plain.pages))
+            return
+        before = flat(self.cache.state())
+        with pytest.raises(InvalidInputError, match=r"^crop: expected at least \d+ tokens \(all that is compressed\)"):
+            self.cache.crop(length)
+        assert_unchanged(self.cache, before)
+
+    @precondition(lambda self: self.plain.keys)
+    @rule(page=st.integers(0, 6))
+    def crop_at_page_border(self, page: int) -> None:
+        length = min(page, len(self.plain.pages)) * self.case.config.page_size
+        self.cache.crop(length)
+        self.plain.crop(length)
+        self.verified = min(self.verified, len(self.plain.pages))
+
+    @precondition(lambda self: self.plain.keys)
+    @rule(data=st.data(), kind=st.sampled_from(["reorder", "select", "repeat"]))
+    def change_rows(self, data: st.DataObject, kind: str) -> None:
+        rows = list(range(self.batch))
+        if kind == "repeat":
+            if self.batch > 2:
+                return
+            rows = [row for row in rows for _ in range(2)]
+            change: Callable[[Tensor], Tensor] = lambda x: x.repeat_interleave(2, 0)  # noqa: E731
+        else:
+            least, most = (len(rows), len(rows)) if kind == "reorder" else (1, 2)
+            rows = data.draw(st.lists(st.sampled_from(rows), min_size=least, max_size=most))
+            change = lambda x: x[torch.tensor(rows)]  # noqa: E731
+        self.cache.map_batch(change)
+        self.plain.map(rows)
+        self.batch, self.verified = len(rows), 0
+
+    @rule()
+    def state_round_trip(self) -> None:
+        file = io.BytesIO()
+        torch.save(self.cache.state(), file)
+        file.seek(0)
+        self.cache = self.case.cache()
+        self.cache.load_state(torch.load(file, weights_only=True))
+
+    @rule(bad=st.sampled_from(["nan", "inf", "large", "value", "heads", "shape", "batch"]))
+    def refused_append(self, bad: str) -> None:
+        if (bad == "large" and not self.cache.compresses) or (bad == "batch" and not self.plain.keys):
+            return
+        key, value = self.tokens(7)
+        if bad in ("nan", "inf", "large"):
+            key[0, 1, 3, 2] = {"nan": torch.nan, "inf": -torch.inf, "large": 7e4}[bad]
+        elif bad == "value":
+            value[0, 0, 0, 0] = torch.nan
+        elif bad == "heads":
+            key, value = key[:, :2], value[:, :2]
+        elif bad == "shape":
+            value = value[:, :, :5]
+        else:
+            key, value = key.repeat(3, 1, 1, 1), value.repeat(3, 1, 1, 1)
+        name = "value" if bad in ("value", "shape") else "key"
+        with pytest.raises(InvalidInputError, match=f"^{name}: expected"):
+            self.cache.append(key, value)
+        assert self.cache.length == len(self.plain.keys)
+        self.commit()
+
+    @invariant()
+    def same(self) -> None:
+        if hasattr(self, "plain"):
+            assert_same(self.cache, self.plain, self.verified)
+            self.verified = len(self.plain.pages)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_random_operations_against_a_plain_list(case: Case):
+    run_state_machine_as_test(
+        lambda: CacheMachine(case), settings=settings(max_examples=25, stateful_step_count=20, derandomize=True)
+    )
+
+
+# --- single rules ---
+
+
+def filled(case: Case, tokens: int, batch: int = 1) -> LayerCache:
+    cache = case.cache()
+    cache.append(random_tokens(1, batch, tokens), random_tokens(2, batch, tokens))
+    return cache
+
+
+def test_pages_never_change_once_written():
+    cache = filled(CASES["turbo4"], 64)
+    cache.commit()
+    first = cache.groups[0].pages[:, :, 0].clone()
+    for seed in range(3, 203):
+        cache.append(random_tokens(seed, 1, 1), random_tokens(seed + 1, 1, 1))
+        cache.observe(random_tokens(seed + 2, 1, 1, HEADS * RATIO))
+        cache.settle()
+    assert cache.page_tokens == 256
+    assert torch.equal(cache.groups[0].pages[:, :, 0], first)
+
+
+@pytest.mark.parametrize("pieces", [[64, 64, 72], [63, 1, 1, 135], [1] * 200], ids=["pages", "odd", "single"])
+@pytest.mark.parametrize("name", ["turbo4", "turbo2", "kivi4", "int8"])
+def test_pages_do_not_depend_on_how_tokens_arrive(name: str, pieces: list[int]):
+    key, value, done = random_tokens(1, 2, 200), random_tokens(2, 2, 200), 0
+    cache, whole = CASES[name].cache(), CASES[name].cache()
+    for count in pieces:
+        cache.append(key[:, :, done : done + count], value[:, :, done : done + count])
+        cache.settle()
+        done += count
+    whole.append(key, value)
+    for x in (cache, whole):
+        x.commit()
+    assert cache.page_tokens == whole.page_tokens > 0
+    assert all(torch.equal(a.pages, b.pages) for a, b in zip(cache.groups, whole.groups, strict=True))
+
+
+def test_newest_tokens_of_a_step_can_be_taken_back():
+    cache = filled(CASES["turbo4"], 100)
+    cache.settle()
+    assert cache.page_tokens == 0  # 100 tokens arrived together, the newest 64 may still be taken back
+    cache.crop(40)
+    cache.append(random_tokens(3, 1, 30), random_tokens(4, 1, 30))
+    cache.settle()
+    assert cache.length == 70
+    assert cache.page_tokens == 0
+    cache.append(random_tokens(5, 1, 1), random_tokens(6, 1, 1))
+    assert cache.length == 71
+    assert cache.page_tokens == 64
+
+
+def test_crop_into_a_page_is_refused_in_full_words():
+    cache = filled(CASES["turbo4"], 200)
+    cache.commit()
+    with pytest.raises(InvalidInputError) as error:
+        cache.crop(100)
+    assert str(error.value) == (
+        "crop: expected at least 192 tokens (all that is compressed) or a multiple of the page size 64, received 100; "
+        "crop before the next token is appended, or set a larger recent_window"
+    )
+    assert cache.length == 200
+
+
+@pytest.mark.parametrize("length", [-1, 201])
+def test_crop_outside_is_refused(length: int):
+    cache = filled(CASES["turbo4"], 200)
+    with pytest.raises(InvalidInputError, match=f"length: expected 0 to 200 tokens, received {length}"):
+        cache.crop(length)
+
+
+def test_cache_goes_on_after_a_crop_at_a_page_border():
+    """Cropped to 64 and refilled with other tokens it equals a cache that saw only those."""
+    key, value = random_tokens(1, 1, 64), random_tokens(2, 1, 64)
+    other = random_tokens(7, 1, 100), random_tokens(8, 1, 100)
+    a, b = CASES["turbo3"].cache(), CASES["turbo3"].cache()
+    a.append(torch.cat([key, key], 2), torch.cat([value, value], 2))
+    a.commit()
+    a.crop(64)
+    b.append(key, value)
+    for cache in (a, b):
+        cache.append(*other)
+        cache.commit()
+    assert torch.equal(a.groups[0].pages, b.groups[0].pages)
+    assert torch.equal(a.sink_key, b.sink_key)
+    assert torch.equal(a.view().tail_key, b.view().tail_key)
+
+
+@pytest.mark.parametrize("window", [1, 40, 64, 100])
+def test_recent_window_stays_exact(window: int):
+    case = Case(variant("turbo2", recent_window=window))
+    key, value = random_tokens(1, 1, 300), random_tokens(2, 1, 300)
+    cache = case.cache()
+    for t in range(0, 300, 7):
+        cache.append(key[:, :, t : t + 7], value[:, :, t : t + 7])
+        view = cache.view()
+        exact = view.tail_key.shape[2]
+        assert exact >= min(view.length, window)
+        assert torch.equal(view.tail_value, value[:, :, view.length - exact : view.length].half())
+        cache.settle()
+    cache.commit()
+    assert cache.page_tokens == (300 - window) // 64 * 64
+
+
+@pytest.mark.parametrize("name", ["turbo4", "paper4", "kivi4"])
+@pytest.mark.parametrize("bad", [torch.nan, -7e4], ids=["nan", "beyond-float16"])
+def test_refused_values_leave_the_cache_as_it_was(name: str, bad: float):
+    """As it was: pages, open page, and what may still be taken back."""
+    cache = filled(CASES[name], 200)
+    cache.settle()
+    before = flat(cache.state())
+    key, value = random_tokens(3, 1, 5), random_tokens(4, 1, 5)
+    value[0, 2, 4, 9] = bad
+    with pytest.raises(InvalidInputError, match=r"^value: expected (finite values|magnitudes up to 6.55e\+04)"):
+        cache.append(key, value)
+    assert_unchanged(cache, before)
+
+
+def test_refused_message_says_where():
+    key = random_tokens(1, 1, 5)
+    key[0, 2, 4, 9] = torch.nan
+    message = r"key: expected finite values, received 1 NaN or Inf, the first at index \(0, 2, 4, 9\)"
+    with pytest.raises(InvalidInputError, match=message):
+        CASES["turbo4"].cache().append(key, random_tokens(2, 1, 5))
+
+
+@pytest.mark.parametrize("name", ["turbo4", "paper4", "kivi4", "key-of-one-head-at-16"])
+def test_bfloat16_beyond_float16_is_refused(name: str):
+    """bfloat16 reaches 3e38, the metadata of a page 65504: what can't be stored must not turn into NaN or infinity."""
+    key, value = (random_tokens(i, 1, 200).bfloat16() for i in (1, 2))
+    key[0, 0, 30, 5] = 1e9
+    cache = CASES[name].cache()
+    cache.append(key, value)  # the open page of a bfloat16 model is in bfloat16
+    with pytest.raises(InvalidInputError, match="expected magnitudes up to 65504, received"):
+        cache.commit()
+    key[0, 0, 30, 5] = 6e4
+    cache = CASES[name].cache()
+    cache.append(key, value)
+    cache.commit()
+    for group in cache.groups:
+        assert all(torch.isfinite(x).all() for x in expand_pages(group.layout, group.pages))
+
+
+def test_fp16_preset_keeps_any_finite_value():
+    key = torch.full((1, HEADS, 70, DIM), 3e38)
+    cache = CASES["fp16"].cache()
+    cache.append(key, key)
+    cache.commit()
+    assert cache.page_tokens == 0
+    assert torch.equal(cache.view().tail_key, key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ((1, 3, 64), (1, 3, 5, 64), "key: expected 4 dimensions"),
+        ((1, 2, 5, 64), (1, 2, 5, 64), r"key: expected 3 heads, received shape \(1, 2, 5, 64\)"),
+        ((1, 3, 5, 64), (1, 3, 5, 80), "value: expected head_dim 64"),
+        ((1, 3, 5, 64), (1, 3, 6, 64), r"value: expected the shape of key \(1, 3, 5, 64\)"),
+        ((2, 3, 5, 64), (2, 3, 5, 64), "key: expected batch 1, received 2"),
+        ((1, 3, 5, 128), (1, 3, 5, 128), "key: expected head_dim 64"),
+    ],
+    ids=["dimensions", "heads", "value-head_dim", "tokens", "batch", "head_dim-of-the-cache"],
+)
+def test_append_refuses_shapes(key: tuple[int, ...], value: tuple[int, ...], message: str):
+    cache = filled(CASES["turbo4"], 10)
+    with pytest.raises(InvalidInputError, match=message):
+        cache.append(torch.zeros(key), torch.zeros(value))
+    assert cache.length == 10
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_append_of_no_tokens(name: str):
+    """Whatever their number: none, before the first and between others."""
+    none = random_tokens(1, 1, 0)
+    cache = CASES[name].cache()
+    cache.append(none, none)
+    assert cache.length == 0
+    cache.append(random_tokens(1, 1, 70), random_tokens(2, 1, 70))
+    cache.append(none, none)
+    cache.commit()
+    assert cache.length == 70
+    other = filled(CASES[name], 70)
+    other.commit()
+    assert torch.equal(cache.view().tail_key, other.view().tail_key)
+
+
+def test_state_of_another_policy_is_refused():
+    cache = filled(CASES["turbo4"], 128)
+    cache.commit()
+    message = r"state: expected pages of \d+ bytes, received \d+; use the same policy"
+    with pytest.raises(InvalidInputError, match=message):
+        CASES["turbo2"].cache().load_state(cache.state())
+
+
+def test_reset_forgets_everything():
+    cache = filled(CASES["paper4-sinks-and-window"], 128)
+    cache.set_padding(torch.tensor([3]))
+    cache.commit()
+    cache.reset()
+    assert cache.length == cache.nbytes == cache.num_values == 0
+    assert_unchanged(cache, flat(CASES["paper4-sinks-and-window"].cache().state()))
+
+
+# --- the paper's buffer and heads ---
+
+
+def test_paper_buffer_clamps_to_its_first_scale():
+    """Scale from the first tokens (maximum 2, so 2 / 119); a later 5 is stored as 2, a later 1 within half a step."""
+    cache = CASES["paper4"].cache()
+    first = torch.zeros(1, HEADS, 3, DIM)
+    first[..., 1, 0] = 2.0
+    cache.append(first, first)
+    later = torch.zeros(1, HEADS, 2, DIM)
+    later[..., 0, 0], later[..., 0, 1], later[..., 1, 2] = 5.0, 1.0, -7.0
+    cache.append(later, later)
+    assert torch.equal(cache.view().tail_key[:, :, 3:], later)  # still exact: it may be taken back
+    cache.settle()
+    cache.commit()
+    tail = cache.view().tail_key
+    scale = float(torch.tensor(2 / 119).half())
+    assert tail[0, 0, 3, 0] == pytest.approx(119 * scale)
+    assert tail[0, 0, 4, 2] == pytest.approx(-119 * scale)
+    assert tail[0, 0, 3, 1] == pytest.approx(round(1 / scale) * scale)
+    assert cache.open.tensors["key_codes"].dtype == torch.int8
+    assert cache.nbytes == 2 * HEADS * (5 * DIM + 2)
+
+
+def test_paper3_lowers_half_of_the_heads_by_the_priority_of_its_first_pages():
+    case = Case(presets()["paper3"].cache)
+    spread = torch.tensor([4.0, 1.0, 3.0, 2.0])[None, :, None, None]
+    shape = torch.linspace(0.2, 1.0, DIM)
+    key = random_tokens(1, 1, 128, 4) * spread * shape
+    value = random_tokens(2, 1, 128, 4) * spread.flip(1) * shape
+    cache = case.cache(heads=4)
+    cache.append(key, value)
+    cache.commit()
+    bits = {h: (g.layout.key.bits, g.layout.value.bits) for g in cache.groups for h in g.heads}
+    assert bits == {0: (4, 2), 1: (2, 4), 2: (4, 2), 3: (2, 4)}
+    assert low_priority_heads(head_priority(key), 0.5) == [1, 3]
+
+
+# --- bytes ---
+
+# Bytes of one page of one KV head, added up by hand: codes of K and V, refined plane of K, float16 then byte metadata,
+# and the padding to 16. Pages of 64 tokens, of 32 for KIVI. D = 128, then D = 64.
+PAGE_BYTES = {
+    # codes 2 x 8192; K 2 + 2 and V 2 for the page; K scale and zero of 128 channels, V scale of 64 tokens
+    "int8": (16384 + 6 + 320 + 10, 8192 + 6 + 192 + 10),
+    # codes 2 x 4096; 8 refined channels of 64 bits and their index
+    "turbo4": (8192 + 8 * 8 + 6 + 320 + 8 + 2, 4096 + 4 * 8 + 6 + 192 + 4 + 6),
+    "turbo3": (6144 + 8 * 8 + 6 + 320 + 8 + 2, 3072 + 4 * 8 + 6 + 192 + 4 + 6),
+    # 32 refined channels (16 for D = 64) of 2 bits
+    "turbo2": (4096 + 32 * 16 + 6 + 320 + 32 + 10, 2048 + 16 * 16 + 6 + 192 + 16 + 10),
+    # K and V: one float16, integer scale and offset of every channel
+    "paper4": (8192 + 4 + 512 + 12, 4096 + 4 + 256 + 12),
+    # 32 tokens: K 128 x 2 float16; V 32 tokens x 4 groups x 2 float16
+    "kivi4": (4096 + 512 + 512, 2048 + 256 + 256),
+    "kivi2": (2048 + 512 + 512, 1024 + 256 + 256),
+}
+# At 2 bits for half of the heads (floor) of K and V; a head may be low in one and not in the other.
+PAPER_SIDE_BYTES = {4: (4096 + 2 + 256, 2048 + 2 + 128), 2: (2048 + 2 + 256, 1024 + 2 + 128)}
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(8, 128), (3, 64)], ids=["8-heads-of-128", "3-heads-of-64"])
+@pytest.mark.parametrize("name", [*PAGE_BYTES, "fp16"])
+def test_bits_per_value_at_4096_tokens(name: str, heads: int, dim: int):
+    cache = Case(presets()[name].cache).cache(heads)
+    for first in range(0, 4096, 1024):
+        cache.append(*(random_tokens(first + i, 1, 1024, heads, dim) for i in (0, 1)))
+    cache.commit()
+    values = 2 * heads * 4096 * dim
+    if name == "fp16":
+        expected = values * 4  # a float32 model keeps its float32
+    else:
+        pages, exact = (124, 128) if name.startswith("kivi") else (64, 0)
+        expected = heads * (pages * PAGE_BYTES[name][dim == 64] + 2 * 2 * dim * exact)
+        expected += 2 * 2 * heads * dim * presets()[name].cache.sink_tokens
+        expected += 2 * 2 * heads if name == "paper4" else 0  # the universal scales
+    assert cache.nbytes == expected
+    assert cache.num_values == values
+    assert cache.nbytes * 8 / cache.num_values == pytest.approx(BITS_PER_VALUE[name][dim == 64], abs=1e-3)
+
+
+# The same as bits per value: what a table shows (D = 128 with 8 heads, D = 64 with 3).
+BITS_PER_VALUE = {
+    "int8": (8.168, 8.207),
+    "turbo4": (4.199, 4.238),
+    "turbo3": (3.199, 3.238),
+    "turbo2": (2.434, 2.473),
+    "paper4": (4.258, 4.266),
+    "kivi4": (5.344, 5.344),
+    "kivi2": (3.406, 3.406),
+    "fp16": (32.0, 32.0),
+}
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(8, 128), (3, 64)], ids=["8-heads-of-128", "3-heads-of-64"])
+def test_bytes_of_paper3(heads: int, dim: int):
+    """Every group's page is its two sides, padded to 16 bytes; half of the heads (rounded down) are low on each side."""
+    cache = Case(presets()["paper3"].cache).cache(heads)
+    cache.append(*(random_tokens(i, 1, 1024, heads, dim) for i in (0, 1)))
+    cache.commit()
+    total = 0
+    for group in cache.groups:
+        used = sum(PAPER_SIDE_BYTES[f.bits][dim == 64] for f in (group.layout.key, group.layout.value))
+        total += len(group.heads) * 16 * -(-used // 16) * 16
+    assert cache.nbytes == total + 2 * 2 * heads
+    for side in ("key", "value"):
+        assert sum(len(g.heads) for g in cache.groups if getattr(g.layout, side).bits == 2) == heads // 2
+
+
+def test_layout_of_a_page_answers_its_bytes():
+    for name, (wide, narrow) in PAGE_BYTES.items():
+        config = presets()[name].cache
+        for dim, expected in ((128, wide), (64, narrow)):
+            assert PageLayout(config.page_size, dim, config.key, config.value).nbytes == expected, (name, dim)
+
+
+def test_float16_and_bfloat16_models_keep_their_dtype_in_the_open_page():
+    for dtype in (torch.float16, torch.bfloat16):
+        cache = CASES["turbo4"].cache()
+        cache.append(random_tokens(1, 1, 70).to(dtype), random_tokens(2, 1, 70).to(dtype))
+        cache.commit()
+        assert cache.view().tail_key.dtype == dtype
+        assert cache.sink_key.dtype == dtype
+
+
+def test_quality_of_each_preset_in_order():
+    """More bits, less error: the cache's own K, in dB."""
+    key, value = random_tokens(1, 1, 256), random_tokens(2, 1, 256)
+    q = random_tokens(3, 1, 8, HEADS * RATIO)
+    exact = CASES["fp16"].cache()
+    exact.append(key, value)
+    expected = prefill_attention(q, exact.view(), causal=False).out
+    decibels = []
+    for name in ("int8", "turbo4", "turbo3", "turbo2"):
+        cache = CASES[name].cache()
+        cache.append(key, value)
+        cache.commit()
+        decibels.append(sqnr_db(prefill_attention(q, cache.view(), causal=False).out, expected))
+    assert decibels == sorted(decibels, reverse=True)
+    assert decibels[0] > 38
+    assert decibels[-1] > 4
