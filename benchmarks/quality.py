@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py --model smollm2-135m --tokens 2048 --tokens 4096 --group presets --out results.csv
 
-Each row: model, set, name, tokens of a window, bits per value, compression, added nats, KL and top-1 agreement with their
-95 % intervals, needles found. All positions are read through the quantised cache (docs/numerics.md).
+Each row: model, set, name, tokens of a window, bits per value, compression, added nats, KL and top-1 agreement with
+their 95 % intervals, needles found. All positions are read through the quantised cache (docs/numerics.md).
 """
 
 import csv
@@ -67,8 +67,8 @@ def ablations() -> dict[str, Policy]:
 
 
 def main(
-    model: str,
-    out: Path,
+    model: Annotated[str, typer.Option(help="a name that the command line knows, or a path")],
+    out: Annotated[Path, typer.Option(help="CSV file to append to")],
     tokens: Annotated[list[int], typer.Option(help="tokens of a window; repeatable")],
     group: Annotated[str, typer.Option(help="presets or ablations")] = "presets",
     needles: Annotated[int, typer.Option(help="context of the needle test; 0 leaves it out")] = 0,

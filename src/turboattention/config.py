@@ -25,7 +25,8 @@ class TensorFormat:
     rotate: multiply by a Hadamard matrix over the channels first (spreads outliers; for per-token scales).
     search: pick each range by the smallest squared error instead of minimum and maximum.
     refined_share, refined_bits: this share of the channels of each page gets so many more bits, in a plane of their own
-        (K, per channel, two-level only). Chosen per page by the expected score error: mean squared query x squared step.
+        (K, per channel, two-level only). Chosen per page by the expected score error: mean squared query x squared
+        step.
     """
 
     bits: int
@@ -47,7 +48,9 @@ class TensorFormat:
         plain = self.metadata == "two_level" and isinstance(self.granularity, PerChannel)
         if self.refined_bits and (not plain or self.symmetric or self.rotate or self.bits + self.refined_bits > 8):
             raise invalid(
-                "refinement", "an asymmetric, unrotated two-level format per channel of at most 8 bits in all", self.bits
+                "refinement",
+                "an asymmetric, unrotated two-level format per channel of at most 8 bits in all",
+                self.bits,
             )
 
     def refined_channels(self, head_dim: int) -> int:
@@ -93,8 +96,8 @@ class CacheConfig:
 class AttentionConfig:
     """How attention computes over the cache.
 
-    softmax: ``exact``; ``base2`` (polynomial exponential and exact skip of tiles that round to zero); ``sas`` (the paper's
-        table, cubic and cut at -6).
+    softmax: ``exact``; ``base2`` (polynomial exponential and exact skip of tiles that round to zero); ``sas`` (the
+        paper's table, cubic and cut at -6).
     query_bits, probability_bits: 8 rounds Q per tile / P to INT8 as the paper does; 16 keeps them.
     """
 
@@ -115,9 +118,7 @@ class Preset:
 
 def _turbo(name: str, summary: str, bits: int, refined_share: float, refined_bits: int) -> Preset:
     # Why these choices: docs/decisions. Searching K's range at 4 bits and above changed nothing.
-    key = TensorFormat(
-        bits, PerChannel(), search=bits <= 3, refined_share=refined_share, refined_bits=refined_bits
-    )
+    key = TensorFormat(bits, PerChannel(), search=bits <= 3, refined_share=refined_share, refined_bits=refined_bits)
     value = TensorFormat(bits, PerToken(), symmetric=True, rotate=True, search=True)
     return Preset(name, summary, CacheConfig(key=key, value=value, sink_tokens=1))
 

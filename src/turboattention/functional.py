@@ -25,11 +25,13 @@ def attention(
 ) -> Tensor:
     """Attention as ``torch.nn.functional.scaled_dot_product_attention`` computes it, over quantised K and V.
 
-    q: ``[batch, heads, queries, head_dim]``; k, v: ``[batch, kv_heads, tokens, head_dim]`` (float16, bfloat16 or float32;
-    heads a multiple of kv_heads; with ``causal`` the queries are the last tokens). scale: ``head_dim ** -0.5`` when None.
+    q: ``[batch, heads, queries, head_dim]``; k, v: ``[batch, kv_heads, tokens, head_dim]`` (float16, bfloat16 or
+    float32; heads a multiple of kv_heads; with ``causal`` the queries are the last tokens). scale: ``head_dim ** -0.5``
+    when None.
     config: a preset's name, ``default`` (turbo4), or a Policy.
-    Causal: token t reads the pages before it quantised and its own page exactly, as in a decode step. Not causal: all full
-    pages are quantised. Raises InvalidInputError for shapes that do not fit, NaN or Inf. Returns ``q``'s shape and dtype.
+    Causal: token t reads the pages before it quantised and its own page exactly, as in a decode step. Not causal: all
+    full pages are quantised. Raises InvalidInputError for shapes that do not fit, NaN or Inf. Returns ``q``'s shape and
+    dtype.
     """
     check_heads("q", q)
     check_heads("k", k, head_dim=q.shape[-1])

@@ -102,7 +102,7 @@ class Policy:
             check_head_dim(shape.head_dim)
             if isinstance(fmt.granularity, PerGroup) and shape.head_dim % fmt.granularity.size:
                 raise UnsupportedError(
-                    f"policy {self.name!r}: groups of {fmt.granularity.size} channels do not divide head_dim {shape.head_dim}"
+                    f"policy {self.name!r}: groups of {fmt.granularity.size} channels in head_dim {shape.head_dim}"
                 )
 
     def save(self, path: str | Path) -> None:
@@ -127,7 +127,9 @@ class Policy:
         except ValueError as error:
             raise invalid("policy file", "JSON", f"{path}: {error}", "the file may be truncated") from error
         if not isinstance(data, dict) or data.pop("turboattention_policy", None) != FORMAT_VERSION:
-            raise invalid("policy file", f'"turboattention_policy": {FORMAT_VERSION}', path, "write it with Policy.save")
+            raise invalid(
+                "policy file", f'"turboattention_policy": {FORMAT_VERSION}', path, "write it with Policy.save"
+            )
         try:
             return _policy_from(data)
         except InvalidInputError as error:

@@ -1,11 +1,13 @@
 """The lockstep of baseline and candidates on a tiny model."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from turboattention.errors import UnsupportedError
-from turboattention.evaluation.caches import attention_of, branch, held_bytes, held_values, make_cache
+from turboattention.evaluation.caches import attention_of, held_bytes, held_values, make_cache
 from turboattention.evaluation.stream import feed, stream
 from turboattention.policy import Policy
 
@@ -69,18 +71,18 @@ def test_progress_counts_every_chunk_of_every_cache(model: LlamaForCausalLM, row
 
 
 @pytest.mark.parametrize("policy", [None, "turbo4"])
-def test_branch_leaves_the_original_alone(model: LlamaForCausalLM, rows: torch.Tensor, policy: str | None) -> None:
-    """A branch goes on exactly as the original would, and the original does not notice."""
+def test_a_copy_leaves_the_original_alone(model: LlamaForCausalLM, rows: torch.Tensor, policy: str | None) -> None:
+    """A deep copy goes on exactly as the original would, and the original does not notice."""
     cache = make_cache(model, policy)
     with attention_of(model, policy):
         feed(model, rows[:, :100], cache)
-        copies = [branch(cache, model) for _ in range(2)]
+        copies = [copy.deepcopy(cache) for _ in range(2)]
         held = held_bytes(cache), held_values(cache), cache.get_seq_length()
         other = feed(model, rows[:, 200:290], copies[0])
         assert (held_bytes(cache), held_values(cache), cache.get_seq_length()) == held
         assert copies[0].get_seq_length() == 190
         assert torch.equal(feed(model, rows[:, 100:190], copies[1]), feed(model, rows[:, 100:190], cache))
-        assert not torch.equal(other, feed(model, rows[:, 100:190], branch(cache, model)))
+        assert not torch.equal(other, feed(model, rows[:, 100:190], copy.deepcopy(cache)))
 
 
 def test_branch_made_outside_still_uses_compressed_attention(model: LlamaForCausalLM, rows: torch.Tensor) -> None:
@@ -88,7 +90,7 @@ def test_branch_made_outside_still_uses_compressed_attention(model: LlamaForCaus
     cache = make_cache(model, "turbo4")
     with attention_of(model, "turbo4"):
         feed(model, rows[:, :100], cache)
-    copied = branch(cache, model)
+    copied = copy.deepcopy(cache)
     with attention_of(model, "turbo4"):
         assert torch.equal(feed(model, rows[:, 100:101], copied), feed(model, rows[:, 100:101], cache))
 

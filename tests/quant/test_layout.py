@@ -11,10 +11,13 @@ from turboattention.quant.layout import PAGE_ALIGNMENT, PageLayout
 DIMS = (64, 80, 96, 128, 256)
 
 
-def turbo_bytes(dim: int, bits: int) -> int:
-    """K per channel: float16 scale and zero of the page, a byte each for a channel. V per token, symmetric: no zero."""
+def turbo_bytes(dim: int, bits: int, refined: int = 0, refined_bits: int = 0) -> int:
+    """K per channel: float16 scale and zero of the page, a byte each for a channel. V per token, symmetric: no zero.
+
+    A refined channel of K takes its index (a byte) and the lower bits of 64 tokens.
+    """
     codes = 2 * (64 * dim * bits // 8)
-    return codes + (2 + 2 + dim + dim) + (2 + 64)
+    return codes + (2 + 2 + dim + dim) + (2 + 64) + refined * (1 + 64 * refined_bits // 8)
 
 
 def paper_bytes(dim: int, bits: int) -> int:
@@ -33,10 +36,14 @@ def expected_bytes(name: str, dim: int) -> int:
             return 64 * dim * 2 * 2
         case "int8":
             return turbo_bytes(dim, 8)
+        case "turbo4" | "turbo3":
+            return turbo_bytes(dim, int(name[-1]), refined=dim // 16, refined_bits=1)
+        case "turbo2":
+            return turbo_bytes(dim, 2, refined=dim // 4, refined_bits=2)
         case "paper4" | "paper3":
             return paper_bytes(dim, 4)
         case _:
-            return (turbo_bytes if name.startswith("turbo") else kivi_bytes)(dim, int(name[-1]))
+            return kivi_bytes(dim, int(name[-1]))
 
 
 def layout_of(name: str, dim: int) -> PageLayout:
@@ -58,10 +65,13 @@ def test_bytes_by_hand(name: str, dim: int):
 
 @pytest.mark.parametrize(
     ("name", "nbytes"),
-    [("fp16", 32768), ("turbo4", 8528), ("turbo3", 6480), ("turbo2", 4432), ("paper4", 8720), ("kivi4", 5120)],
+    [("fp16", 32768), ("turbo4", 8592), ("turbo3", 6544), ("turbo2", 4976), ("paper4", 8720), ("kivi4", 5120)],
 )
 def test_bytes_at_head_dim_128(name: str, nbytes: int):
-    """turbo4: codes 2 x 4096, K 4 + 256, V 2 + 64 = 8518, padded to 8528. kivi4: 4096 + 512 + 512."""
+    """turbo4: codes 2 x 4096, K 4 + 256, V 2 + 64, 8 refined channels of 1 + 8 = 8590, padded to 8592.
+
+    turbo2: codes 2 x 2048, the same 326, 32 refined channels of 1 + 16 = 4966, padded to 4976. kivi4: 4096 + 512 + 512.
+    """
     assert layout_of(name, 128).nbytes == nbytes
 
 

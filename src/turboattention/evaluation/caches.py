@@ -1,6 +1,5 @@
 """The two kinds of cache of a comparison, behind the same three questions: make, finish, count."""
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -44,10 +43,3 @@ def held_values(cache: "Cache") -> int:
         return int(cache.num_values)
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def branch(cache: "Cache", model: "PreTrainedModel") -> "Cache":
-    """A copy of ``cache`` that can go on by itself."""
-    # Layers look at the model's configuration to see which attention is on: the copy must look at the same object.
-    shared = (model.config, model.config.get_text_config(decoder=True))
-    return copy.deepcopy(cache, {id(config): config for config in shared})

@@ -4,6 +4,7 @@ Ten sentences with a secret code each are spread over a real text; then every co
 all six digits are the most likely tokens, each after the right ones before it: what greedy decoding would write.
 """
 
+import copy
 import random
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from turboattention.errors import invalid
-from turboattention.evaluation.caches import attention_of, branch, finish, make_cache
+from turboattention.evaluation.caches import attention_of, finish, make_cache
 from turboattention.evaluation.divergence import negative_log_likelihood
 from turboattention.evaluation.stream import CHUNK, feed
 from turboattention.evaluation.texts import BUNDLED_TEXTS, encode, leading_tokens, load_text, text_name
@@ -188,7 +189,7 @@ def _ask_all(model: "PreTrainedModel", haystack: Haystack, policy: "str | Policy
         answers = []
         for question in haystack.questions:
             asked = torch.tensor([question.tokens], device=model.device)
-            logits = feed(model, asked, branch(cache, model))
+            logits = feed(model, asked, copy.deepcopy(cache))
             answers.append(_score(logits, asked, question.answer))
     return answers
 

@@ -1,15 +1,18 @@
 """transformers: a cache whose layers are compressed pages, and the attention that reads them.
 
-``enable(model)`` uses public extension points alone: the attention and mask registries, ``set_attn_implementation`` and a
-forward hook that hands the model a cache. Everything is undone by ``disable`` or at the end of the ``with`` block.
+``enable(model)`` uses public extension points alone: the attention and mask registries, ``set_attn_implementation`` and
+a forward hook that hands the model a cache. Everything is undone by ``disable`` or at the end of the ``with`` block.
 """
 
+import copy
+import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -42,7 +45,7 @@ def model_shape(config: PreTrainedConfig) -> ModelShape:
     return ModelShape(text.model_type, text.num_hidden_layers, kv_heads, head_dim)
 
 
-class TurboLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
+class TurboLayer(CacheLayerMixin):
     """One full-attention layer of a TurboCache."""
 
     is_sliding = False
@@ -67,6 +70,12 @@ class TurboLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships n
         key, value = expand_cache(self.cache.view(), key_states.dtype)
         self.cache.settle()
         return key, value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TurboLayer":
+        # The model's configuration says which attention reads the copy, so it must stay the model's own.
+        copied = TurboLayer(copy.deepcopy(self.cache, memo), self.policy, self._config)
+        copied.is_initialized = self.is_initialized
+        return copied
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -100,7 +109,7 @@ class TurboLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships n
         raise UnsupportedError("offload: TurboCache layers stay on the device of the model")
 
 
-class TurboCache(Cache):  # type: ignore[misc]  # transformers ships no types
+class TurboCache(Cache):
     """A transformers cache with compressed full-attention layers; sliding-window layers stay transformers' own.
 
     Pass it as ``past_key_values`` inside ``enable(model)``. Under a stock attention it also works, by dequantising all
@@ -108,7 +117,7 @@ class TurboCache(Cache):  # type: ignore[misc]  # transformers ships no types
     """
 
     def __init__(self, config: PreTrainedConfig, policy: str | Policy = "turbo4") -> None:
-        """config: the model's; policy: a preset's name or a Policy. Raises UnsupportedError for models it can't hold."""
+        """config: the model's; policy: a preset's name or a Policy. Raises UnsupportedError for what it can't hold."""
         self.policy = Policy.resolve(policy)
         text = config.get_text_config(decoder=True)
         shape = model_shape(config)
@@ -119,7 +128,7 @@ class TurboCache(Cache):  # type: ignore[misc]  # transformers ships no types
                 formats = self.policy.head_formats(index, shape.kv_heads)
                 stock = TurboLayer(LayerCache(self.policy.cache, formats), self.policy, text)
             layers.append(stock)
-        super().__init__(layers=layers)
+        super().__init__(layers=list(layers))
 
     @property
     def turbo_layers(self) -> list[TurboLayer]:
@@ -134,14 +143,13 @@ class TurboCache(Cache):  # type: ignore[misc]  # transformers ships no types
     @property
     def nbytes(self) -> int:
         """Every byte held by all layers, sliding-window layers included."""
-        stock = [x for layer in self._stock() for x in (layer.keys, layer.values)]
-        return sum(layer.cache.nbytes for layer in self.turbo_layers) + sum(x.nbytes for x in stock)
+        return sum(layer.cache.nbytes for layer in self.turbo_layers) + sum(x.nbytes for x in self._stock_tensors())
 
     @property
     def num_values(self) -> int:
         """Values of K and V that all layers stand for."""
-        stock = [x for layer in self._stock() for x in (layer.keys, layer.values)]
-        return sum(layer.cache.num_values for layer in self.turbo_layers) + sum(x.numel() for x in stock)
+        stock = sum(x.numel() for x in self._stock_tensors())
+        return sum(layer.cache.num_values for layer in self.turbo_layers) + stock
 
     @property
     def bits_per_value(self) -> float:
@@ -170,8 +178,9 @@ class TurboCache(Cache):  # type: ignore[misc]  # transformers ships no types
             else:
                 vars(layer).update(stock)
 
-    def _stock(self) -> list[CacheLayerMixin]:
-        return [x for x in self.layers if not isinstance(x, TurboLayer) and x.is_initialized and x.keys is not None]
+    def _stock_tensors(self) -> list[Tensor]:
+        stock = [layer for layer in self.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+        return [x for layer in stock for x in (layer.keys, layer.values) if x is not None]
 
 
 def _stock_layers(text: PreTrainedConfig) -> list[CacheLayerMixin]:
@@ -181,14 +190,16 @@ def _stock_layers(text: PreTrainedConfig) -> list[CacheLayerMixin]:
         raise UnsupportedError(f"{text.model_type}: multi-head latent attention stores no K and V per head")
     if getattr(text, "num_kv_shared_layers", 0):
         raise UnsupportedError(f"{text.model_type}: layers that share the cache of other layers are not supported")
-    layers: list[CacheLayerMixin] = DynamicCache(config=text).layers
+    layers: list[Any] = list(DynamicCache(config=text).layers)
     if not layers:
         layers = [DynamicLayer() for _ in range(shape.layers)]
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedError(f"{text.model_type}: layer {index} has a cache of kind {type(layer).__name__}")
     if not any(type(layer) is DynamicLayer for layer in layers):
-        raise UnsupportedError(f"{text.model_type}: every layer has a sliding window; there is no full attention to compress")
+        raise UnsupportedError(
+            f"{text.model_type}: every layer has a sliding window; there is no full attention to compress"
+        )
     return layers
 
 
@@ -197,7 +208,8 @@ class Enabled:
 
     def __init__(self, model: PreTrainedModel, policy: Policy, stock: str) -> None:
         self.model, self.policy, self._stock = model, policy, stock
-        self._hook = _decoder(model).register_forward_pre_hook(self._supply_cache, with_kwargs=True)
+        hook = _decoder(model).register_forward_pre_hook(self._supply_cache, with_kwargs=True)
+        self._hook: RemovableHandle | None = hook
         model.set_attn_implementation(PREFIX + stock)
 
     def disable(self) -> None:
@@ -210,7 +222,9 @@ class Enabled:
     def __enter__(self) -> "Enabled":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.disable()
 
     def _supply_cache(
@@ -239,9 +253,9 @@ def enable(model: PreTrainedModel, policy: str | Policy = "turbo4") -> Enabled:
 
     model: a decoder model on any device; policy: a preset's name or a Policy. As a call it returns a handle with
     ``disable()``; as a context manager it undoes itself. ``model.generate`` and ``model(...)`` then create a TurboCache
-    where none is given. Calls without a cache (``use_cache=False``) have nothing to compress and use the stock attention.
-    Raises UnsupportedError with the reason for a model that can't be switched, InvalidInputError for a policy that is not
-    for this model.
+    where none is given. Calls without a cache (``use_cache=False``) have nothing to compress and use the stock
+    attention. Raises UnsupportedError with the reason for a model that can't be switched, InvalidInputError for a
+    policy that is not for this model.
     """
     if not isinstance(model, PreTrainedModel):
         raise invalid("model", "a transformers PreTrainedModel", type(model).__name__)
@@ -298,17 +312,17 @@ def _stock_attention(stock: str, module: nn.Module) -> Callable[..., tuple[Tenso
         function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS[stock]
         return function
     # Each modelling file has an eager function of its own.
-    import sys
-
-    eager: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]  # by convention
+    eager: Callable[..., tuple[Tensor, Tensor | None]]
+    eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager
 
 
 def _mask_over(stock: str) -> Callable[..., Tensor | None]:
-    def mask(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Tensor | None:
-        # Full attention gets the two-dimensional padding mask (or None), everything else what the stock attention needs.
+    def mask(mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> Tensor | None:
+        # Full attention gets the two-dimensional padding mask (or None), everything else what the stock attention
+        # needs.
         chosen = flash_attention_mask if mask_function is causal_mask_function else ALL_MASK_ATTENTION_FUNCTIONS[stock]
-        result: Tensor | None = chosen(*args, mask_function=mask_function, **kwargs)
+        result: Tensor | None = chosen(mask_function=mask_function, **kwargs)
         return result
 
     return mask

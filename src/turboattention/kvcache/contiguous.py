@@ -16,15 +16,17 @@ from turboattention.quant.layout import PageLayout
 from turboattention.quant.progressive import head_priority, low_priority_heads
 
 HeadFormat = tuple[TensorFormat, TensorFormat]  # of K and of V
-# The newest tokens of the latest update stay exact until the next one, so that a speculative decoder can take them back.
+# The newest tokens of the latest update stay exact until the next one, so that a speculative decoder can take them
+# back.
 ROLLBACK_TOKENS = 64
 
 
 class LayerCache:
     """K and V of one layer.
 
-    ``append`` new tokens, let attention read ``view()``, then ``settle()``: full pages are compressed once, never again.
-    Tokens of the latest ``append`` (at most 64) stay exact until the next one or ``commit``, so that ``crop`` can drop them.
+    ``append`` new tokens, let attention read ``view()``, then ``settle()``: full pages are compressed once, never
+    again. Tokens of the latest ``append`` (at most 64) stay exact until the next one or ``commit``, so that ``crop``
+    can drop them.
     """
 
     def __init__(self, config: CacheConfig, formats: Sequence[HeadFormat]) -> None:
@@ -76,7 +78,7 @@ class LayerCache:
         self.latest = key.shape[2]
 
     def set_padding(self, starts: Tensor | None) -> None:
-        """Number of left-padding tokens of each row, int64 ``[batch]``: they are never attended to nor widen a range."""
+        """Number of left-padding tokens of each row, int64 ``[batch]``: never attended to, no part of a range."""
         self.starts = starts
 
     @property
@@ -85,7 +87,7 @@ class LayerCache:
         return any(key.refined_bits for key, _ in self.formats)
 
     def observe(self, q: Tensor) -> None:
-        """See the queries ``[batch, heads, tokens, head_dim]`` of the newest tokens: they tell which channels of K matter."""
+        """See the queries ``[batch, heads, tokens, head_dim]`` of the newest tokens: they tell where K matters."""
         if not self.refines:
             return
         real = None
@@ -99,9 +101,7 @@ class LayerCache:
         if self.open is None or not self.open.tensors:
             raise InvalidInputError("cache: expected tokens to attend to, received an empty cache; append first")
         key, value = self.open.read()
-        return CachedKV(
-            tuple(self.groups), self.page_tokens, key, value, self.sink_key, self.sink_value, self.starts
-        )
+        return CachedKV(tuple(self.groups), self.page_tokens, key, value, self.sink_key, self.sink_value, self.starts)
 
     def settle(self) -> None:
         """Compress the full pages that the next step can no longer take back."""
@@ -201,7 +201,9 @@ class LayerCache:
             key, value = self.formats[heads[0]]
             layout = self._layout((with_bits(key, saved["key_bits"]), with_bits(value, saved["value_bits"])))
             if saved["pages"].shape[-1] != layout.nbytes:
-                raise invalid("state", f"pages of {layout.nbytes} bytes", saved["pages"].shape[-1], "use the same policy")
+                raise invalid(
+                    "state", f"pages of {layout.nbytes} bytes", saved["pages"].shape[-1], "use the same policy"
+                )
             self.groups.append(HeadGroup(layout, heads, saved["pages"]))
 
     def _new_open_page(self, dtype: torch.dtype) -> OpenPage:
@@ -209,10 +211,7 @@ class LayerCache:
         return ClampedOpenPage(stored) if self.config.open_page == "int8_clamped" else OpenPage(stored)
 
     def _layout(self, formats: HeadFormat) -> PageLayout:
-        if self.open is None:
-            head_dim = 0
-        else:
-            head_dim = self.open.tensors["key"].shape[-1]
+        head_dim = 0 if self.open is None else self.open.tensors["key"].shape[-1]
         return PageLayout(self.config.page_size, head_dim, *formats)
 
     def _compress(self, keep: int) -> None:
@@ -244,12 +243,12 @@ class LayerCache:
         self, group: HeadGroup, key: Tensor, value: Tensor, first: int, last: int, scales: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         heads = list(group.heads)
-        valid = real_tokens(
-            self.page_tokens + first, last - first, self.starts, self.config.sink_tokens, key.device
-        )
+        valid = real_tokens(self.page_tokens + first, last - first, self.starts, self.config.sink_tokens, key.device)
         chosen = None if scales is None else (scales[0][:, heads], scales[1][:, heads])
         power = None if self.query_power is None else self.query_power[:, heads]
-        return compress_pages(group.layout, key[:, heads, first:last], value[:, heads, first:last], valid, chosen, power)
+        return compress_pages(
+            group.layout, key[:, heads, first:last], value[:, heads, first:last], valid, chosen, power
+        )
 
     def _keep_sinks(self, key: Tensor, value: Tensor) -> None:
         if self.sink_key is None or self.sink_value is None:

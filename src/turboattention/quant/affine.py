@@ -1,7 +1,7 @@
 """Affine quantisation to unsigned codes: the definition, for every granularity.
 
-``x ~ code * scale + zero`` with ``code`` in ``0 .. 2^bits - 1``; ``zero`` is the value of code 0. Ties round to even, as
-torch.round does.
+``x ~ code * scale + zero`` with ``code`` in ``0 .. 2^bits - 1``; ``zero`` is the value of code 0. Ties round to even,
+as torch.round does.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
 
 def levels(bits: int) -> int:
     """The largest code."""
-    return 2**bits - 1
+    return (1 << bits) - 1
 
 
 def grouped(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from turboattention.quant import affine, two_level
 from turboattention.quant.granularity import PerBlock, PerChannel
 from turboattention.quant.layout import PageLayout
 from turboattention.quant.packing import pack, permute_tokens, restore_tokens, unpack
-from turboattention.quant.progressive import quantize_stage2, quantize_with_scale, quantize_stage1
+from turboattention.quant.progressive import quantize_stage1, quantize_stage2, quantize_with_scale
 from turboattention.quant.rotation import rotate
 
 

@@ -13,7 +13,7 @@ class PerToken:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale for each channel of a page, shared by its tokens (the choice for K: outlier channels keep to themselves)."""
+    """One scale for each channel of a page, shared by its tokens (for K: outlier channels keep to themselves)."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class PageLayout:
 
     Order: codes of K, refined codes of K, codes of V, float16 metadata, byte metadata, padding to 16 bytes. K codes are
     ``[tokens, D * bits / 8]``; V codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of
-    `packing.permute_tokens`; refined codes are ``[channels, tokens * bits / 8]`` with their channels in ``refined_index``.
+    `packing.permute_tokens`; refined codes are ``[channels, tokens * bits / 8]`` with their channels in
+    ``refined_index``.
     """
 
     page_size: int
@@ -52,12 +53,10 @@ class PageLayout:
         check_head_dim(self.head_dim)
         for name, fmt in (("key", self.key), ("value", self.value)):
             if isinstance(fmt.granularity, PerGroup) and self.head_dim % fmt.granularity.size:
-                raise invalid(
-                    f"{name} group size", f"a divisor of head_dim {self.head_dim}", fmt.granularity.size
-                )
+                raise invalid(f"{name} group size", f"a divisor of head_dim {self.head_dim}", fmt.granularity.size)
 
     def scale_shape(self, fmt: TensorFormat) -> tuple[int, int]:
-        """Scales of a page as ``[token scales, channel scales]``, broadcastable to ``[tokens, channels]`` (or groups)."""
+        """Scales of a page as ``[token scales, channel scales]``, broadcastable to ``[tokens, channels]``."""
         match fmt.granularity:
             case PerToken():
                 return self.page_size, 1
@@ -127,7 +126,8 @@ class PageLayout:
         part = pages[..., region.offset : region.offset + region.nbytes]
         if region.dtype != torch.uint8:
             part = part.contiguous().view(region.dtype)
-        return part.unflatten(-1, region.shape)
+        values: Tensor = part.unflatten(-1, region.shape)
+        return values
 
     def write(self, pages: Tensor, name: str, values: Tensor) -> None:
         """Store ``values`` ``[..., *shape]`` into region ``name`` of ``pages``."""

@@ -1,8 +1,8 @@
 """Codes to bytes and back along the last dimension.
 
 n codes of 4 bits: code i in the low nibble and code i + n/2 in the high nibble of byte i, so that a kernel gets two
-contiguous runs from one mask and one shift. 2 bits: four quarters, code i + k * n/4 in bits 2k of byte i. 3 bits: a 2-bit
-plane (the low bits) followed by a 1-bit plane (eighths, code i + k * n/8 in bit k). 8 bits: one byte each.
+contiguous runs from one mask and one shift. 2 bits: four quarters, code i + k * n/4 in bits 2k of byte i. 3 bits: a
+2-bit plane (the low bits) followed by a 1-bit plane (eighths, code i + k * n/8 in bit k). 8 bits: one byte each.
 
 V pages store tokens in permuted order: inside each group of 32 the index (2, 2, 4, 2) is stored as (2, 4, 2, 2), which
 makes the registers of P left by the first product the operand of the second (see docs/numerics.md).
@@ -40,7 +40,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 def _pack_parts(codes: Tensor, bits: int) -> Tensor:
     parts = codes.unflatten(-1, (8 // bits, -1))
-    out = parts[..., 0, :].clone()
+    out: Tensor = parts[..., 0, :].clone()
     for k in range(1, 8 // bits):
         out |= parts[..., k, :] << (k * bits)
     return out
@@ -53,9 +53,11 @@ def _unpack_parts(packed: Tensor, bits: int) -> Tensor:
 
 def permute_tokens(x: Tensor) -> Tensor:
     """Token order -> stored order along the last dimension (a multiple of 32)."""
-    return x.unflatten(-1, (-1, 2, 2, 4, 2)).transpose(-3, -2).flatten(-5)
+    stored: Tensor = x.unflatten(-1, (-1, 2, 2, 4, 2)).transpose(-3, -2).flatten(-5)
+    return stored
 
 
 def restore_tokens(x: Tensor) -> Tensor:
     """The inverse of `permute_tokens`."""
-    return x.unflatten(-1, (-1, 2, 4, 2, 2)).transpose(-3, -2).flatten(-5)
+    tokens: Tensor = x.unflatten(-1, (-1, 2, 4, 2, 2)).transpose(-3, -2).flatten(-5)
+    return tokens

@@ -1,8 +1,8 @@
 """FlashQ, the paper's progressive quantisation (arXiv 2412.08585, section 3), as a readable definition.
 
 Stage 1: symmetric INT8 of a 64-token tile of one head, scale = max|x| / 119. Stage 2: per channel of the tile, unsigned
-2- to 4-bit codes of those integers, with an integer scale and the channel's minimum as integer offset: the only convention
-whose re-expansion ``code * scale + offset`` cannot leave INT8 at 2 bits.
+2- to 4-bit codes of those integers, with an integer scale and the channel's minimum as integer offset: the only
+convention whose re-expansion ``code * scale + offset`` cannot leave INT8 at 2 bits.
 """
 
 from typing import NamedTuple

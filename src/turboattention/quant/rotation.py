@@ -1,7 +1,7 @@
 """Hadamard rotation over the channels of a head.
 
-Spreads an outlier over all channels, which helps formats whose scale spans the channels (per token). It is orthogonal, so
-``q . k`` and, after rotating back once per query, ``p . v`` do not change.
+Spreads an outlier over all channels, which helps formats whose scale spans the channels (per token). It is orthogonal,
+so ``q . k`` and, after rotating back once per query, ``p . v`` do not change.
 """
 
 from functools import lru_cache
@@ -16,7 +16,8 @@ def _hadamard_float64(dim: int) -> Tensor:
     h = torch.ones(1, 1, dtype=torch.float64)
     while h.shape[0] < block:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
-    return torch.block_diag(*[h / block**0.5] * (dim // block))
+    matrix: Tensor = torch.block_diag(*[h / block**0.5] * (dim // block))
+    return matrix
 
 
 def hadamard(dim: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:

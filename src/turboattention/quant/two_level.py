@@ -1,7 +1,8 @@
 """Two-level metadata: one float16 number for a page, one byte for each scale and for each zero.
 
-``scale = page_scale * scale_code / 255`` and ``zero = page_zero * zero_code / 127``. The same shape as stage 2 of FlashQ
-(arXiv 2412.08585), but the codes come from the 16-bit values directly, so that outlier channels cost the others nothing.
+``scale = page_scale * scale_code / 255`` and ``zero = page_zero * zero_code / 127``. The same shape as stage 2 of
+FlashQ (arXiv 2412.08585), but the codes come from the 16-bit values directly, so that outlier channels cost the others
+nothing.
 """
 
 import torch
@@ -23,7 +24,7 @@ def page_maximum(x: Tensor, name: str) -> Tensor:
 
 
 def round_scales(scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Scales ``[..., n]`` -> (page scale float16 ``[..., 1]``, codes uint8 ``[..., n]`` from 1 to 255), rounded to nearest."""
+    """Scales ``[..., n]`` -> (page scale float16 ``[..., 1]``, uint8 codes ``[..., n]``), 1 to 255, to nearest."""
     page = page_maximum(scale, name)
     codes = (scale / page.float().clamp_min(SMALLEST) * SCALE_STEPS).round().clamp(1, SCALE_STEPS)
     return page, codes.to(torch.uint8)

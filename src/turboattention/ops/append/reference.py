@@ -1,4 +1,4 @@
-"""The definition of append: which pages are compressed when, from which tokens, with which tokens left out of the ranges."""
+"""The definition of append: which pages are compressed when, from which tokens, and which do not count for ranges."""
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ def compress_pages(
 ) -> Tensor:
     """Compress the tokens of whole pages.
 
-    key, value: ``[batch, heads, pages * page_size, head_dim]``; valid: bool ``[batch or 1, tokens]`` from `real_tokens`.
+    key, value: ``[batch, heads, pages * page_size, head_dim]``; valid: bool ``[batch or 1, tokens]`` from
+        `real_tokens`.
     tile_scales, query_power: see `encode_pages`, here ``[batch, heads, 1, 1]`` and ``[batch, heads, head_dim]``.
     Returns uint8 ``[batch, heads, pages, layout.nbytes]``.
     """
@@ -51,14 +52,15 @@ def add_query_power(power: Tensor | None, q: Tensor, kv_heads: int, real: Tensor
     squares = q.float().square()
     if real is not None:
         squares = squares * real[:, None, :, None]
-    new = squares.unflatten(1, (kv_heads, -1)).sum((2, 3))
+    new: Tensor = squares.unflatten(1, (kv_heads, -1)).sum((2, 3))
     return new if power is None else power + new
 
 
 def gather_sinks(sinks: Tensor, tokens: Tensor, first: int, starts: Tensor | None) -> Tensor:
     """Copy those of ``tokens`` (positions ``first ..``) that are sinks of their row into ``sinks``.
 
-    sinks: ``[batch, heads, sink_tokens, head_dim]``, unfilled slots hold anything; tokens: ``[batch, heads, n, head_dim]``.
+    sinks: ``[batch, heads, sink_tokens, head_dim]``, unfilled slots hold anything; tokens: ``[batch, heads, n,
+        head_dim]``.
     """
     batch, heads, slots, dim = sinks.shape
     columns = torch.arange(slots, device=tokens.device).expand(batch, slots)

@@ -27,8 +27,8 @@ class CachedKV:
     groups: every KV head is in exactly one group; empty while nothing has been compressed.
     page_tokens: tokens in full pages.
     tail_key, tail_value: ``[batch, kv_heads, tokens, head_dim]``.
-    sink_key, sink_value: exact ``[batch, kv_heads, sinks, head_dim]`` of the first tokens of each sequence, read instead of
-        their codes; None without sinks.
+    sink_key, sink_value: exact ``[batch, kv_heads, sinks, head_dim]`` of the first tokens of each sequence, read
+        instead of their codes; None without sinks.
     starts: int64 ``[batch]``, number of left-padding tokens of each row; None without padding.
     """
 
@@ -69,6 +69,6 @@ class CachedKV:
         columns = torch.arange(sinks, device=self.sink_key.device).expand(batch, sinks)
         if self.starts is not None:
             columns = columns + self.starts[:, None]
-        # A row with fewer real tokens than sinks has columns past the end: wrapped onto its padding, so that the columns of
-        # a row stay distinct (they are written to) and nothing reads them (they are not in a page).
+        # A row with fewer real tokens than sinks has columns past the end: wrapped onto its padding, so that the
+        # columns of a row stay distinct (they are written to) and nothing reads them (they are not in a page).
         return columns % self.length, columns < self.page_tokens

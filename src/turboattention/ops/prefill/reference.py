@@ -22,7 +22,7 @@ TILE = 64
 
 
 class AttentionOutput(NamedTuple):
-    """out: ``[batch, heads, queries, head_dim]`` in the dtype of q; lse: float32 ``[batch, heads, queries]``, natural log."""
+    """``out [batch, heads, queries, head_dim]`` like q; ``lse [batch, heads, queries]`` float32, natural log."""
 
     out: Tensor
     lse: Tensor
@@ -176,7 +176,7 @@ class _Expanded(_Tail):
 def expand_cache(
     kv: CachedKV, dtype: torch.dtype, tail_key: Tensor | None = None, tail_value: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """K and V of every token as ``[batch, kv_heads, length, head_dim]``: what the codes stand for, sinks and tail exact."""
+    """K and V of every token as ``[batch, kv_heads, length, head_dim]``: what the codes mean, sinks and tail exact."""
     tail_key = kv.tail_key if tail_key is None else tail_key
     tail_value = kv.tail_value if tail_value is None else tail_value
     batch, heads, _, dim = tail_key.shape
