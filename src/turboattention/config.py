@@ -1,7 +1,7 @@
 """Frozen configuration objects: how K and V are stored, how attention computes, and the presets by name."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from turboattention.errors import invalid
 from turboattention.quant.granularity import Granularity, PerChannel, PerGroup, PerToken
@@ -10,6 +10,13 @@ BITS = (2, 3, 4, 8, 16)
 Metadata = Literal["two_level", "float16", "flashq"]
 OpenPageKind = Literal["exact", "int8_clamped"]
 SoftmaxKind = Literal["exact", "base2", "sas"]
+METADATA, OPEN_PAGES, SOFTMAXES = (get_args(kind) for kind in (Metadata, OpenPageKind, SoftmaxKind))
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``: a typing mistake must not select another behaviour in silence."""
+    if value not in choices:
+        raise invalid(name, f"one of {', '.join(map(str, choices))}", repr(value))
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class TensorFormat:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise invalid("bits", f"one of {', '.join(map(str, BITS))}", self.bits)
+        check_choice("metadata", self.metadata, METADATA)
         if self.metadata == "flashq" and (not isinstance(self.granularity, PerChannel) or self.symmetric):
             raise invalid("metadata 'flashq'", "granularity PerChannel and symmetric=False", self.granularity)
         if not 0.0 <= self.refined_share <= 1.0 or self.refined_bits not in (0, 1, 2, 4):
@@ -52,6 +60,11 @@ class TensorFormat:
                 "an asymmetric, unrotated two-level format per channel of at most 8 bits in all",
                 self.bits,
             )
+
+    @property
+    def rotated(self) -> bool:
+        """Whether stored values are rotated; 16-bit values are stored as they are."""
+        return self.rotate and self.bits < 16
 
     def refined_channels(self, head_dim: int) -> int:
         """Channels of a page that get more bits."""
@@ -88,6 +101,10 @@ class CacheConfig:
             raise invalid("sink_tokens", f"0 to page_size ({self.page_size})", self.sink_tokens)
         if self.recent_window < 0:
             raise invalid("recent_window", "0 or more tokens", self.recent_window)
+        if self.value.refined_bits:
+            raise invalid("value", "a format without refined channels (they are for K)", self.value.refined_bits)
+        check_choice("open_page", self.open_page, OPEN_PAGES)
+        check_choice("low_bits", self.low_bits, BITS)
         if not 0.0 <= self.low_priority_heads <= 1.0:
             raise invalid("low_priority_heads", "a share from 0 to 1", self.low_priority_heads)
 
@@ -104,6 +121,11 @@ class AttentionConfig:
     softmax: SoftmaxKind = "exact"
     query_bits: Literal[8, 16] = 16
     probability_bits: Literal[8, 16] = 16
+
+    def __post_init__(self) -> None:
+        check_choice("softmax", self.softmax, SOFTMAXES)
+        check_choice("query_bits", self.query_bits, (8, 16))
+        check_choice("probability_bits", self.probability_bits, (8, 16))
 
 
 @dataclass(frozen=True)

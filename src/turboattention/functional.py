@@ -35,6 +35,13 @@ def attention(
     """
     check_heads("q", q)
     check_heads("k", k, head_dim=q.shape[-1])
+    check_heads("v", v)
+    if v.shape != k.shape:
+        raise invalid("v", f"the shape of k {tuple(k.shape)}", tuple(v.shape))
+    if q.shape[0] != k.shape[0]:
+        raise invalid("q", f"batch {k.shape[0]} as k", q.shape[0])
+    if not q.shape[2] or not k.shape[2]:
+        raise invalid("k" if q.shape[2] else "q", "at least 1 token", 0)
     if causal and q.shape[2] > k.shape[2]:
         raise invalid("q", f"at most {k.shape[2]} queries (the tokens of k)", q.shape[2])
     if q.shape[1] % k.shape[1]:

@@ -2,15 +2,25 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from turboattention import config as configuration
 from turboattention.checks import check_head_dim
-from turboattention.config import AttentionConfig, CacheConfig, Preset, TensorFormat, get_preset, with_bits
+from turboattention.config import (
+    METADATA,
+    OPEN_PAGES,
+    SOFTMAXES,
+    AttentionConfig,
+    CacheConfig,
+    Preset,
+    TensorFormat,
+    get_preset,
+    with_bits,
+)
 from turboattention.errors import InvalidInputError, UnsupportedError, invalid
 from turboattention.quant.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerToken
 
@@ -48,7 +58,7 @@ class Override:
         if self.tensor not in ("key", "value", "both"):
             raise invalid("override tensor", "'key', 'value' or 'both'", repr(self.tensor))
         for name, index in (("layer", self.layer), ("head", self.head)):
-            if index is not None and index < 0:
+            if index is not None and (not isinstance(index, int) or index < 0):
                 raise invalid(f"override {name}", "0 or more, or null for all", index)
 
 
@@ -72,6 +82,8 @@ class Policy:
     @classmethod
     def resolve(cls, policy: "str | Policy") -> "Policy":
         """A policy as it is, or the preset of that name."""
+        if not isinstance(policy, str | Policy):
+            raise invalid("policy", "a preset's name or a Policy", type(policy).__name__)
         return policy if isinstance(policy, Policy) else cls.from_preset(policy)
 
     def head_formats(self, layer: int, kv_heads: int) -> list[tuple[TensorFormat, TensorFormat]]:
@@ -108,14 +120,19 @@ class Policy:
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all."""
         target = Path(path)
-        text = json.dumps({"turboattention_policy": FORMAT_VERSION, **_to_json(asdict_policy(self))}, indent=2)
         try:
-            descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+            text = json.dumps({"turboattention_policy": FORMAT_VERSION, **asdict_policy(self)}, indent=2)
+        except TypeError as error:
+            raise invalid("provenance", "values that JSON can hold", error) from error
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            temporary.write_text(text + "\n", encoding="utf-8")
             os.replace(temporary, target)
         except OSError as error:
             raise invalid("policy path", "a writable file", f"{target} ({error.strerror})") from error
+        finally:
+            with suppress(OSError):  # nothing to remove where nothing could be written
+                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Policy":
@@ -148,10 +165,6 @@ def asdict_policy(policy: Policy) -> dict[str, Any]:
     return data
 
 
-def _to_json(data: dict[str, Any]) -> dict[str, Any]:
-    return {**data, "overrides": list(data["overrides"])}
-
-
 def _build(kind: type, data: Any, where: str) -> Any:
     """A dataclass from a JSON object with exactly its fields (those with defaults may be missing)."""
     if not isinstance(data, dict):
@@ -179,6 +192,8 @@ def _choice(where: str, data: dict[str, Any], key: str, choices: Sequence[Any]) 
 
 def _format_from(data: Any, where: str) -> TensorFormat:
     granularity: Granularity = PerChannel()
+    if isinstance(data, dict):
+        _choice(where, data, "metadata", METADATA)
     if isinstance(data, dict) and "granularity" in data:
         given = dict(data["granularity"]) if isinstance(data["granularity"], dict) else {}
         name = given.pop("kind", None)
@@ -186,7 +201,6 @@ def _format_from(data: Any, where: str) -> TensorFormat:
             raise invalid(f"{where}.granularity.kind", f"one of {', '.join(_GRANULARITIES)}", repr(name))
         granularity = _build(_GRANULARITIES[name], given, f"{where}.granularity")
         data = {key: value for key, value in data.items() if key != "granularity"}
-        _choice(where, data, "metadata", ("two_level", "float16", "flashq"))
     built = _build(TensorFormat, data, where)
     return replace(built, granularity=granularity) if isinstance(built, TensorFormat) else built
 
@@ -197,12 +211,14 @@ def _policy_from(data: dict[str, Any]) -> Policy:
         cache = dict(cache)
         for side in ("key", "value"):
             cache[side] = _format_from(cache.get(side), f"cache.{side}")
-        _choice("cache", cache, "open_page", ("exact", "int8_clamped"))
+        _choice("cache", cache, "open_page", OPEN_PAGES)
     attention = dict(data.get("attention", {}))
-    _choice("attention", attention, "softmax", ("exact", "base2", "sas"))
+    _choice("attention", attention, "softmax", SOFTMAXES)
     for key in ("query_bits", "probability_bits"):
         _choice("attention", attention, key, (8, 16))
     overrides = tuple(_build(Override, item, f"overrides[{i}]") for i, item in enumerate(data.get("overrides", [])))
+    if not isinstance(data.get("provenance", {}), dict):
+        raise invalid("provenance", "an object", type(data["provenance"]).__name__)
     model = data.get("model")
     fixed: dict[str, Any] = {
         "cache": _build(CacheConfig, cache, "cache"),

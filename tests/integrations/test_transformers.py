@@ -739,8 +739,9 @@ def test_caches_that_are_refused():
                 call(ids, past_key_values=static)
             with pytest.raises(UnsupportedError, match=message.format("DynamicCache")):
                 call(ids, past_key_values=filled)
-        with pytest.raises(UnsupportedError, match=message.format("DynamicCache")):
-            generate(model, ids, past_key_values=DynamicCache(config=model.config))
+        cache = DynamicCache(config=model.config)
+        generate(model, ids, past_key_values=cache)
+        assert all(isinstance(layer, TurboLayer) and layer.cache.page_tokens for layer in cache.layers)
 
 
 def test_empty_dynamic_cache_of_the_user_is_never_left_empty():

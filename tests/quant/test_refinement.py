@@ -8,6 +8,7 @@ from turboattention.config import CacheConfig, TensorFormat, presets, with_bits
 from turboattention.errors import InvalidInputError
 from turboattention.ops.append import add_query_power, compress_pages
 from turboattention.ops.common.folded import fold_scores
+from turboattention.quant.affine import quantize
 from turboattention.quant.codec import Side, decode_pages, encode_pages, expand_pages
 from turboattention.quant.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerToken
 from turboattention.quant.layout import PageLayout
@@ -158,30 +159,30 @@ def test_small_page_by_hand():
 @pytest.mark.parametrize(
     ("name", "dim", "codes", "index"),
     [
-        # K codes; after K and V codes: plane, three float16, scales and zeros of K
-        ("turbo4", 64, (2048, 4, 8), 2048 + 32 + 2048 + 6 + 128),
-        ("turbo4", 128, (4096, 8, 8), 4096 + 64 + 4096 + 6 + 256),
-        ("turbo3", 64, (1536, 4, 8), 1536 + 32 + 1536 + 6 + 128),
-        ("turbo3", 96, (2304, 6, 8), 2304 + 48 + 2304 + 6 + 192),
-        ("turbo2", 64, (1024, 16, 16), 1024 + 256 + 1024 + 6 + 128),
-        ("turbo2", 256, (4096, 64, 16), 4096 + 1024 + 4096 + 6 + 512),
+        # K and V codes, three float16, scales and zeros of K, then the numbers of the channels, then the plane
+        ("turbo4", 64, (4, 8), 2048 + 2048 + 6 + 128),
+        ("turbo4", 128, (8, 8), 4096 + 4096 + 6 + 256),
+        ("turbo3", 64, (4, 8), 1536 + 1536 + 6 + 128),
+        ("turbo3", 96, (6, 8), 2304 + 2304 + 6 + 192),
+        ("turbo2", 64, (16, 16), 1024 + 1024 + 6 + 128),
+        ("turbo2", 256, (64, 16), 4096 + 4096 + 6 + 512),
     ],
 )
-def test_regions_by_hand(name: str, dim: int, codes: tuple[int, int, int], index: int):
-    """The plane follows the codes of K, one row for each refined channel; their numbers follow the zeros of K."""
+def test_regions_by_hand(name: str, dim: int, codes: tuple[int, int], index: int):
+    """The numbers of the refined channels follow the zeros of K; the plane follows them, a row for each channel."""
     cache = presets()[name].cache
     layout = PageLayout(cache.page_size, dim, cache.key, cache.value)
     plane, numbers = layout.regions["key_refined_codes"], layout.regions["key_refined_index"]
-    assert (plane.offset, *plane.shape) == codes
-    assert (numbers.offset, *numbers.shape) == (index, codes[1])
+    assert (plane.offset, *plane.shape) == (index + codes[0], *codes)
+    assert (numbers.offset, *numbers.shape) == (index, codes[0])
     assert plane.dtype == numbers.dtype == torch.uint8
     # The bytes are there, and a reader finds them without the layout.
     key, value = torch.randn(64, dim), torch.randn(64, dim)
     page = encode_pages(layout, key, value).tolist()
     refinement = decode_pages(layout, encode_pages(layout, key, value)).key.refinement
     assert refinement is not None
-    assert page[index : index + codes[1]] == refinement.channels.tolist()
-    start, rows, width = codes
+    assert page[index : index + codes[0]] == refinement.channels.tolist()
+    start, (rows, width) = index + codes[0], codes
     bits = cache.key.refined_bits
     for row in range(rows):
         for t in range(64):
@@ -246,17 +247,17 @@ def test_both_planes_are_the_finer_code(bits: int, extra: int, search: bool):
     assert fine.amin() == 0
 
 
+@pytest.mark.parametrize("search", (False, True))
 @pytest.mark.parametrize(("bits", "extra"), PAIRS)
-def test_all_channels_refined_are_as_good_as_a_finer_format(bits: int, extra: int):
-    """4 + 4 bits are the 8-bit format but for the rounding of the scales."""
-    layout, key = layout_of(bits, extra, 1.0), torch.randn(64, 64)
-    got = decode_pages(layout, encode_key(layout, key)).key
-    low, high = key.amin(0), key.amax(0)
-    fine_step = (high - low) / (2 ** (bits + extra) - 1)
-    stored = got.scale.squeeze(-2) / 2**extra
-    page = layout.read(encode_key(layout, key), "key_page_scale").float()
-    # Stored scales are multiples of page scale / 255.
-    assert ((stored - fine_step).abs() <= page / 255 / 2**extra / 2 * 1.001).all()
+def test_refined_channels_have_the_grid_of_the_finer_format(bits: int, extra: int, search: bool):
+    """Its range too, searched at the finer bits; only the rounding of scales and zeros is the page's."""
+    layout, key = layout_of(bits, extra, 1.0, search=search), torch.randn(64, 64)
+    pages = encode_key(layout, key)
+    side, finer = decode_pages(layout, pages).key, quantize(key, bits + extra, PerChannel(), search=search)
+    # Stored scales are multiples of page scale / 255, zeros of page zero / 127.
+    page_scale, page_zero = (layout.read(pages, f"key_page_{name}").float() for name in ("scale", "zero"))
+    assert ((side.scale / 2**extra - finer.scale).abs() <= page_scale / 510 / 2**extra * 1.001).all()
+    assert ((side.zero - finer.zero).abs() <= page_zero / 254 * 1.001).all()
 
 
 @pytest.mark.parametrize("search", (False, True))

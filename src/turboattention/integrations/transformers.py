@@ -40,6 +40,8 @@ _STOCK = ("eager", "sdpa")
 def model_shape(config: PreTrainedConfig) -> ModelShape:
     """Layers, KV heads and head_dim of a model's (text) configuration."""
     text = config.get_text_config(decoder=True)
+    if not getattr(text, "num_attention_heads", None):
+        raise UnsupportedError(f"{text.model_type}: a model without attention heads has no cache to compress")
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelShape(text.model_type, text.num_hidden_layers, kv_heads, head_dim)
@@ -120,10 +122,11 @@ class TurboCache(Cache):
         """config: the model's; policy: a preset's name or a Policy. Raises UnsupportedError for what it can't hold."""
         self.policy = Policy.resolve(policy)
         text = config.get_text_config(decoder=True)
-        shape = model_shape(config)
+        shape = self.shape = model_shape(config)
+        stock_layers = _stock_layers(text)
         self.policy.validate_for(shape)
         layers: list[CacheLayerMixin] = []
-        for index, stock in enumerate(_stock_layers(text)):
+        for index, stock in enumerate(stock_layers):
             if type(stock) is DynamicLayer:
                 formats = self.policy.head_formats(index, shape.kv_heads)
                 stock = TurboLayer(LayerCache(self.policy.cache, formats), self.policy, text)
@@ -139,6 +142,15 @@ class TurboCache(Cache):
         """All tokens so far are final: compress every full page now instead of at the next step."""
         for layer in self.turbo_layers:
             layer.cache.commit()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens of every layer, or of none when one refuses."""
+        for turbo in self.turbo_layers:
+            turbo.cache.check_crop(max(0, turbo.cache.length + min(0, tokens_to_remove)))
+        # transformers' own layers may refuse too, and do so before they change.
+        stock_first: list[Any] = sorted(self.layers, key=lambda layer: isinstance(layer, TurboLayer))
+        for layer in stock_first:
+            layer.crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:
@@ -233,11 +245,15 @@ class Enabled:
         cache = kwargs.get("past_key_values")
         wanted = kwargs.get("use_cache")
         if isinstance(cache, TurboCache):
+            if cache.shape != model_shape(self.model.config):
+                raise invalid("past_key_values", f"a cache for {model_shape(self.model.config)}", cache.shape)
+            return None
+        if cache is not None and any(isinstance(layer, TurboLayer) for layer in cache.layers):
             return None
         if cache is None:
             if not (self.model.config.get_text_config(decoder=True).use_cache if wanted is None else wanted):
                 return None
-        elif type(cache) is not DynamicCache or cache.get_seq_length() or getattr(cache, "_is_user_defined", False):
+        elif type(cache) is not DynamicCache or cache.get_seq_length() or cache.offloading:
             raise UnsupportedError(
                 f"past_key_values: expected a TurboCache, received {type(cache).__name__}; "
                 "pass TurboCache(model.config, policy) or leave it out"
@@ -245,6 +261,8 @@ class Enabled:
         ours = TurboCache(self.model.config, self.policy)
         if cache is not None and any(getattr(layer, "record_past", False) for layer in cache.layers):
             ours.activate_past_recording()  # assisted generation: sliding-window layers must be able to go back
+        if cache is not None:
+            cache.layers = ours.layers  # whoever made the empty cache may pass it again
         return args, {**kwargs, "past_key_values": ours}
 
 
@@ -276,6 +294,8 @@ def enable(model: PreTrainedModel, policy: str | Policy = "turbo4") -> Enabled:
         raise UnsupportedError(f"{kind}: learned attention sinks are not supported")
     if not model._can_set_attn_implementation():
         raise UnsupportedError(f"{kind}: does not use transformers' attention interface")
+    if not any(getattr(module, "is_causal", False) for module in model.modules()):
+        raise UnsupportedError(f"{kind}: has no causal attention")
     resolved = Policy.resolve(policy)
     TurboCache(model.config, resolved)  # raises now what a first forward would raise later
     _register(stock)
@@ -299,7 +319,8 @@ def _attention_over(stock: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         layer = getattr(key, "_turbo_layer", None)
         if layer is None:
-            return _stock_attention(stock, module)(module, query, key, value, attention_mask, **kwargs)
+            mask = _stock_mask(stock, module, query, key, attention_mask)
+            return _stock_attention(stock, module)(module, query, key, value, mask, **kwargs)
         if kwargs.get("dropout"):
             raise UnsupportedError("dropout: expected 0 with a compressed cache; call model.eval()")
         return attend_layer(layer, query, attention_mask, kwargs.get("scaling"), kwargs.get("softcap")), None
@@ -315,6 +336,26 @@ def _stock_attention(stock: str, module: nn.Module) -> Callable[..., tuple[Tenso
     eager: Callable[..., tuple[Tensor, Tensor | None]]
     eager = sys.modules[type(module).__module__].eager_attention_forward
     return eager
+
+
+def _stock_mask(stock: str, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    """What the stock attention needs where ours would have taken a padding mask, or None."""
+    skipped = mask is None and (stock == "sdpa" or not getattr(module, "is_causal", False))
+    if skipped or (mask is not None and mask.dim() != 2):
+        return mask
+    made: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[stock](
+        batch_size=query.shape[0],
+        q_length=query.shape[2],
+        kv_length=key.shape[2],
+        q_offset=key.shape[2] - query.shape[2],
+        mask_function=causal_mask_function,
+        attention_mask=None if mask is None else mask.bool(),
+        allow_is_causal_skip=False,
+        dtype=query.dtype,
+        config=module.config,
+        device=query.device,
+    )
+    return made
 
 
 def _mask_over(stock: str) -> Callable[..., Tensor | None]:

@@ -69,12 +69,18 @@ class LayerCache:
         check_heads("value", value, heads=len(self.formats), head_dim=key.shape[-1])
         if key.shape != value.shape:
             raise invalid("value", f"the shape of key {tuple(key.shape)}", tuple(value.shape))
-        if self.open is None:
-            self.open = self._new_open_page(key.dtype)
-        elif self.open.tensors and key.shape[0] != self.open.tensors["key"].shape[0]:
-            raise invalid("key", f"batch {self.open.tensors['key'].shape[0]}", key.shape[0])
+        if self.open is not None:
+            batch, _, _, head_dim = self.open.tensors["key"].shape
+            check_heads("key", key, head_dim=head_dim)
+            if key.shape[0] != batch:
+                raise invalid("key", f"batch {batch}", key.shape[0])
+        if not key.shape[2]:
+            return
+        page = self._new_open_page(key.dtype) if self.open is None else self.open
+        key, value = page.checked("key", key), page.checked("value", value)
         self.commit()
-        self.open.append(key, value)
+        self.open = page
+        page.append(key, value)
         self.latest = key.shape[2]
 
     def set_padding(self, starts: Tensor | None) -> None:
@@ -116,25 +122,17 @@ class LayerCache:
         self.latest = 0
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` tokens.
+        """Keep the first ``length`` tokens. What `observe` saw of the others stays in the statistics.
 
         Raises InvalidInputError when that would cut a compressed page in two: its exact values are gone.
         """
-        if not 0 <= length <= self.length:
-            raise invalid("length", f"0 to {self.length} tokens", length)
+        self.check_crop(length)
         if length == 0:
             self.reset()
             return
-        size = self.config.page_size
-        if length < self.page_tokens and length % size:
-            raise invalid(
-                "crop",
-                f"at least {self.page_tokens} tokens (all that is compressed) or a multiple of the page size {size}",
-                length,
-                "crop before the next token is appended, or set a larger recent_window",
-            )
         if self.open is None:
             return
+        size = self.config.page_size
         removed = self.length - length
         if length < self.page_tokens:
             self.open.drop_last(self.open.tokens)
@@ -143,6 +141,19 @@ class LayerCache:
         else:
             self.open.drop_last(removed)
         self.latest = max(0, self.latest - removed)
+
+    def check_crop(self, length: int) -> None:
+        """Raise what ``crop(length)`` would raise."""
+        size = self.config.page_size
+        if not 0 <= length <= self.length:
+            raise invalid("length", f"0 to {self.length} tokens", length)
+        if length < self.page_tokens and length % size:
+            raise invalid(
+                "crop",
+                f"at least {self.page_tokens} tokens (all that is compressed) or a multiple of the page size {size}",
+                length,
+                "crop before the next token is appended, or set a larger recent_window",
+            )
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` (select, reorder or repeat rows: dimension 0) to everything held."""

@@ -22,13 +22,13 @@ class OpenPage:
         return self.tensors["key"].shape[2] if self.tensors else 0
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Add tokens; raises InvalidInputError for NaN, Inf or values beyond ``dtype``, and adds nothing then."""
-        stored = {name: self._checked(name, x) for name, x in (("key", key), ("value", value))}
-        for name, x in stored.items():
+        """Add tokens that `checked` returned."""
+        for name, x in (("key", key), ("value", value)):
             old = self.tensors.get(name)
             self.tensors[name] = x.clone() if old is None else torch.cat([old, x], 2)
 
-    def _checked(self, name: str, x: Tensor) -> Tensor:
+    def checked(self, name: str, x: Tensor) -> Tensor:
+        """``x`` in the dtype of this page; raises InvalidInputError for NaN, Inf or values beyond that dtype."""
         stored = x.to(self.dtype)
         if not bool(torch.isfinite(stored).all()):
             check_finite(name, x)

@@ -88,7 +88,7 @@ def encode_pages(
         x = x.float()
         if valid is not None:
             x = _neutralise(x, valid, fmt)
-        if fmt.rotate:
+        if fmt.rotated:
             x = rotate(x)
         codes, metadata = _quantize(layout, fmt, x, tile_scale, query_power, side)
         layout.write(pages, f"{side}_codes", _pack_side(side, codes, fmt.bits))
@@ -106,7 +106,7 @@ def expand_pages(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
     """K and V of pages as float32 ``[..., tokens, channels]``, rotation undone: the expanded form."""
     decoded = decode_pages(layout, pages)
     key, value = decoded.key.expand(), decoded.value.expand()
-    return rotate(key) if layout.key.rotate else key, rotate(value) if layout.value.rotate else value
+    return rotate(key) if layout.key.rotated else key, rotate(value) if layout.value.rotated else value
 
 
 def _neutralise(x: Tensor, valid: Tensor, fmt: TensorFormat) -> Tensor:

@@ -5,6 +5,8 @@ The tensors meant here are pages ``[..., tokens, channels]`` of one key/value he
 
 from dataclasses import dataclass
 
+from turboattention.errors import invalid
+
 
 @dataclass(frozen=True)
 class PerToken:
@@ -21,6 +23,10 @@ class PerGroup:
     """One scale for each token and each ``size`` neighbouring channels (KIVI's choice for V, arXiv 2402.02750)."""
 
     size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise invalid("group size", "1 or more channels", self.size)
 
 
 @dataclass(frozen=True)

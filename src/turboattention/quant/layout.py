@@ -38,7 +38,7 @@ class Region(NamedTuple):
 class PageLayout:
     """The layout of one page.
 
-    Order: codes of K, refined codes of K, codes of V, float16 metadata, byte metadata, padding to 16 bytes. K codes are
+    Order: codes of K, codes of V, float16 metadata, byte metadata and refined codes, padding to 16 bytes. K codes are
     ``[tokens, D * bits / 8]``; V codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of
     `packing.permute_tokens`; refined codes are ``[channels, tokens * bits / 8]`` with their channels in
     ``refined_index``.
@@ -73,7 +73,7 @@ class PageLayout:
         wanted: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         for side, fmt in (("key", self.key), ("value", self.value)):
             wanted += [(f"{side}_{name}", shape, dtype) for name, shape, dtype in self._fields(side, fmt)]
-        codes = [field for field in wanted if field[0].endswith("_codes")]
+        codes = [field for field in wanted if field[0] in ("key_codes", "value_codes")]
         rest = sorted((f for f in wanted if f not in codes), key=lambda field: -field[2].itemsize)
         regions, offset = {}, 0
         for name, shape, dtype in codes + rest:

@@ -12,15 +12,16 @@ from turboattention.checks import to_float16
 
 SCALE_STEPS = 255
 ZERO_STEPS = 127
+LARGEST = torch.finfo(torch.float16).max
 SMALLEST = 2.0**-24  # of float16, subnormal: what a page scale can be without being zero
 
 
 def page_maximum(x: Tensor, name: str) -> Tensor:
     """Largest magnitude of each page ``[..., n]`` -> ``[..., 1]`` float16, rounded up so that nothing exceeds it."""
     exact = x.abs().amax(-1, keepdim=True)
-    rounded = exact.to(torch.float16)
+    rounded = to_float16(name, exact)
     short = rounded.float() < exact
-    return to_float16(name, torch.where(short, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded))
+    return torch.where(short, torch.nextafter(rounded, torch.full_like(rounded, LARGEST)), rounded)
 
 
 def round_scales(scale: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def add_query_power(power: Tensor | None, q: Tensor, kv_heads: int, real: Tensor
     """
     squares = q.float().square()
     if real is not None:
-        squares = squares * real[:, None, :, None]
+        squares = torch.where(real[:, None, :, None], squares, 0.0)
     new: Tensor = squares.unflatten(1, (kv_heads, -1)).sum((2, 3))
     return new if power is None else power + new
 

@@ -11,6 +11,7 @@ from turboattention.errors import invalid
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.common.folded import fold_scores, fold_values
 from turboattention.ops.softmax import base2_softmax, sas_softmax
+from turboattention.quant.affine import TINY
 from turboattention.quant.codec import decode_pages, expand_pages
 from turboattention.quant.progressive import STAGE1_LIMIT, quantize_stage1
 from turboattention.quant.rotation import rotate
@@ -49,8 +50,12 @@ def prefill_attention(
     check_heads("q", q, head_dim=kv.tail_key.shape[-1])
     if q.shape[1] % kv.num_kv_heads:
         raise invalid("q", f"a multiple of {kv.num_kv_heads} KV heads", f"{q.shape[1]} heads")
+    if q.shape[0] != kv.tail_key.shape[0]:
+        raise invalid("q", f"batch {kv.tail_key.shape[0]} as the cache", q.shape[0])
     if q.shape[2] > kv.length:
         raise invalid("q", f"at most {kv.length} queries (the tokens of the cache)", q.shape[2])
+    if not q.shape[2]:
+        raise invalid("q", "at least 1 query", 0)
     config = config or AttentionConfig()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -88,13 +93,13 @@ def _probabilities(scores: Tensor, config: AttentionConfig) -> Tensor:
 
 
 def _round_probabilities(p: Tensor) -> Tensor:
-    """P to INT8 with the scale of each tile (rows x 64 tokens), maximum / 119 (the paper, section 3.5 step 7)."""
-    out = torch.empty_like(p)
-    for first in range(0, p.shape[-1], TILE):
-        tile = p[..., first : first + TILE]
-        unit = (tile.amax((-2, -1), keepdim=True) / STAGE1_LIMIT).clamp_min(torch.finfo(torch.float32).tiny)
-        out[..., first : first + TILE] = (tile / unit).round() * unit
-    return out
+    """P to INT8 with a scale for each tile (64 rows x 64 tokens), maximum / 119 (the paper, section 3.5 step 7)."""
+    rows = []
+    for part in p.split(TILE, -2):
+        units = [(tile.amax((-2, -1), keepdim=True) / STAGE1_LIMIT).clamp_min(TINY) for tile in part.split(TILE, -1)]
+        tiles = [(tile / unit).round() * unit for tile, unit in zip(part.split(TILE, -1), units, strict=True)]
+        rows.append(torch.cat(tiles, -1))
+    return torch.cat(rows, -2)
 
 
 def _round_tiles(x: Tensor) -> Tensor:
@@ -135,7 +140,7 @@ class _Folded(_Tail):
         scores = q.new_empty(batch, heads, ratio, rows, self.kv.length)
         for group, pages in self.decoded:
             x = q[:, list(group.heads)]
-            x = rotate(x) if group.layout.key.rotate else x
+            x = rotate(x) if group.layout.key.rotated else x
             part = fold_scores(x.flatten(2, 3).unsqueeze(2), pages.key)  # [B, heads, pages, ratio * rows, tokens]
             part = part.transpose(2, 3).flatten(-2).unflatten(2, (ratio, rows))
             scores[:, list(group.heads), :, :, : self.kv.page_tokens] = part
@@ -158,7 +163,7 @@ class _Folded(_Tail):
             x = p[:, list(group.heads), :, :, : self.kv.page_tokens].flatten(2, 3)
             x = x.unflatten(-1, (-1, group.layout.page_size)).transpose(2, 3)  # [B, heads, pages, ratio * rows, tokens]
             part = fold_values(x, pages.value).sum(2).unflatten(2, (ratio, rows))
-            out[:, list(group.heads)] += rotate(part) if group.layout.value.rotate else part
+            out[:, list(group.heads)] += rotate(part) if group.layout.value.rotated else part
         return out
 
 
