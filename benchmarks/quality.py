@@ -71,12 +71,14 @@ def main(
     out: Annotated[Path, typer.Option(help="CSV file to append to")],
     tokens: Annotated[list[int], typer.Option(help="tokens of a window; repeatable")],
     group: Annotated[str, typer.Option(help="presets or ablations")] = "presets",
+    only: Annotated[list[str] | None, typer.Option(help="names of the group to measure; default all")] = None,
     needles: Annotated[int, typer.Option(help="context of the needle test; 0 leaves it out")] = 0,
     device: str = "cpu",
 ) -> None:
     """Measure and append rows to OUT."""
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32 here, or its noise hides the differences
     chosen = ablations() if group == "ablations" else {name: Policy.from_preset(name) for name in presets()}
+    chosen = {name: policy for name, policy in chosen.items() if not only or name in only}
     loaded = load_model(model, dtype=torch.float32, device=device)
     found = {}
     if needles:

@@ -161,8 +161,8 @@ _EXACT = TensorFormat(16)
 _PRESETS = (
     Preset("fp16", "nothing quantised: the test of the plumbing", CacheConfig(key=_EXACT, value=_EXACT)),
     _turbo("int8", "8-bit K and V", 8, 0.0, 0),
-    _turbo("turbo4", "4-bit K and V, one more bit for 1/16 of K's channels (default)", 4, 1 / 16, 1),
-    _turbo("turbo3", "3-bit K and V, one more bit for 1/16 of K's channels", 3, 1 / 16, 1),
+    _turbo("turbo4", "4-bit K and V, one more bit for 3/32 of K's channels (default)", 4, 3 / 32, 1),
+    _turbo("turbo3", "3-bit K and V, one more bit for 3/32 of K's channels", 3, 3 / 32, 1),
     _turbo("turbo2", "2-bit K and V, two more bits for 1/4 of K's channels", 2, 1 / 4, 2),
     _paper("paper4", "FlashQ at 4 bits and SAS (arXiv 2412.08585)", 0.0),
     _paper("paper3", "FlashQ with half of the heads at 2 bits, and SAS (arXiv 2412.08585)", 0.5),

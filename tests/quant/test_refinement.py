@@ -160,10 +160,10 @@ def test_small_page_by_hand():
     ("name", "dim", "codes", "index"),
     [
         # K and V codes, three float16, scales and zeros of K, then the numbers of the channels, then the plane
-        ("turbo4", 64, (4, 8), 2048 + 2048 + 6 + 128),
-        ("turbo4", 128, (8, 8), 4096 + 4096 + 6 + 256),
-        ("turbo3", 64, (4, 8), 1536 + 1536 + 6 + 128),
-        ("turbo3", 96, (6, 8), 2304 + 2304 + 6 + 192),
+        ("turbo4", 64, (6, 8), 2048 + 2048 + 6 + 128),
+        ("turbo4", 128, (12, 8), 4096 + 4096 + 6 + 256),
+        ("turbo3", 64, (6, 8), 1536 + 1536 + 6 + 128),
+        ("turbo3", 96, (9, 8), 2304 + 2304 + 6 + 192),
         ("turbo2", 64, (16, 16), 1024 + 1024 + 6 + 128),
         ("turbo2", 256, (64, 16), 4096 + 4096 + 6 + 512),
     ],
@@ -211,7 +211,7 @@ def test_other_presets_have_no_refinement(name: str):
     assert decode_pages(layout, pages).key.refinement is None
 
 
-@pytest.mark.parametrize(("name", "counts"), [("turbo4", (4, 5, 6, 8, 16)), ("turbo2", (16, 20, 24, 32, 64))])
+@pytest.mark.parametrize(("name", "counts"), [("turbo4", (6, 7, 9, 12, 24)), ("turbo2", (16, 20, 24, 32, 64))])
 def test_number_of_refined_channels(name: str, counts: tuple[int, ...]):
     fmt = presets()[name].cache.key
     assert tuple(fmt.refined_channels(dim) for dim in (64, 80, 96, 128, 256)) == counts
