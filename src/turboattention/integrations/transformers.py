@@ -115,7 +115,8 @@ class TurboCache(Cache):
     """A transformers cache with compressed full-attention layers; sliding-window layers stay transformers' own.
 
     Pass it as ``past_key_values`` inside ``enable(model)``. Under a stock attention it also works, by dequantising all
-    tokens at every step: slower, no smaller while it computes.
+    tokens at every step: slower, no smaller while it computes, and a little less exact, because the cache sees neither
+    the queries (which choose the refined channels) nor the padding of a batch.
     """
 
     def __init__(self, config: PreTrainedConfig, policy: str | Policy = "turbo4") -> None:
