@@ -35,9 +35,12 @@ def main(files: list[Path], tokens: int = 2048) -> None:
         for model in models:
             row = rows[model, name]
             figures = (
-                f"{float(row['bits_per_value']):.2f}", f"{float(row['added_nats']):+.4f}", f"**{float(row['kl']):.4f}**",
-                f"{100 * float(row['top1']):.1f} %", f"{100 * float(needles[model, name]):.0f} %",
-            )  # fmt: skip
+                f"{float(row['bits_per_value']):.2f}",
+                f"{float(row['added_nats']):+.4f}",
+                f"**{float(row['kl']):.4f}**",
+                f"{100 * float(row['top1']):.1f} %",
+                f"{100 * float(needles[model, name]):.0f} %",
+            )
             cells.append(", ".join(figures))
         print(f"| `{name}` | " + " | ".join(cells) + " |")
 
