@@ -140,10 +140,10 @@ def _quantize(
     if count := fmt.refined_channels(layout.head_dim):
         refined = _choose_refined(scale, query_power, count)
         # A finer grid has its own best range; its scale is kept in units of the upper plane.
-        finer = affine.quantize(x, fmt.bits + fmt.refined_bits, fmt.granularity, search=fmt.search)
-        chosen = torch.zeros_like(scale, dtype=torch.bool).scatter(-1, refined, True)
-        scale = torch.where(chosen, finer.scale.flatten(-2) * 2**fmt.refined_bits, scale)
-        zero = torch.where(chosen, finer.zero.flatten(-2), zero)
+        part = x.gather(-1, refined.unsqueeze(-2).expand(*x.shape[:-1], -1))
+        finer = affine.quantize(part, fmt.bits + fmt.refined_bits, fmt.granularity, search=fmt.search)
+        scale = scale.scatter(-1, refined, finer.scale.flatten(-2) * 2**fmt.refined_bits)
+        zero = zero.scatter(-1, refined, finer.zero.flatten(-2))
         metadata["refined_index"] = refined
     if fmt.metadata == "float16":
         metadata["scale"], metadata["zero"] = to_float16(f"{side} scale", scale), to_float16(f"{side} zero", zero)
