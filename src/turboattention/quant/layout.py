@@ -34,11 +34,17 @@ class Region(NamedTuple):
         return count * self.dtype.itemsize
 
 
+def _alignment(region: Region) -> int:
+    """The largest power of two, at most PAGE_ALIGNMENT, that divides the size."""
+    return min(PAGE_ALIGNMENT, region.nbytes & -region.nbytes)
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """The layout of one page.
 
-    Order: codes of K, codes of V, float16 metadata, byte metadata and refined codes, padding to 16 bytes. K codes are
+    Order: codes of K, codes of V, then metadata and refined codes, those with the largest alignment first (so that every
+    long region can be read in vectors), padding to 16 bytes. K codes are
     ``[tokens, D * bits / 8]``; V codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of
     `packing.permute_tokens`; refined codes are ``[channels, tokens * bits / 8]`` with their channels in
     ``refined_index``.
@@ -74,7 +80,7 @@ class PageLayout:
         for side, fmt in (("key", self.key), ("value", self.value)):
             wanted += [(f"{side}_{name}", shape, dtype) for name, shape, dtype in self._fields(side, fmt)]
         codes = [field for field in wanted if field[0] in ("key_codes", "value_codes")]
-        rest = sorted((f for f in wanted if f not in codes), key=lambda field: -field[2].itemsize)
+        rest = sorted((f for f in wanted if f not in codes), key=lambda field: -_alignment(Region(0, *field[1:])))
         regions, offset = {}, 0
         for name, shape, dtype in codes + rest:
             regions[name] = Region(offset, shape, dtype)

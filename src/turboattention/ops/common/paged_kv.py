@@ -1,0 +1,57 @@
+"""What attention reads of a paged cache: pools of pages, page tables and lengths on the device, nothing on the host.
+
+The form that engines use: sequences of different lengths, pages in any order, and no number that a CUDA graph would
+freeze.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from turboattention.quant.layout import PageLayout
+
+
+@dataclass(frozen=True)
+class PagedGroup:
+    """KV heads of a layer that share one page layout.
+
+    heads: which KV heads, in the order of the table. pool: uint8 ``[pages, layout.nbytes]``, contiguous; a page holds
+    one KV head. table: int32 ``[batch, len(heads), max_pages]``, the page of the pool that holds tokens ``i * page_size
+    ..`` of a sequence; entries beyond its full pages are never read.
+    """
+
+    layout: PageLayout
+    heads: tuple[int, ...]
+    pool: Tensor
+    table: Tensor
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """All tokens of one layer for a batch of sequences of any lengths.
+
+    groups: every KV head is in exactly one group.
+    lengths: int32 ``[batch]``, tokens of each sequence, at least 1.
+    page_tokens: int32 ``[batch]``, how many of them are in full pages; the others are exact, in the tail.
+    tail_key, tail_value: ``[batch, kv_heads, capacity, head_dim]``; token t is in slot ``t % capacity``.
+    sink_key, sink_value: exact ``[batch, kv_heads, sinks, head_dim]`` of the first tokens, read instead of their codes
+        once these are in a page; None without sinks.
+    """
+
+    groups: tuple[PagedGroup, ...]
+    lengths: Tensor
+    page_tokens: Tensor
+    tail_key: Tensor
+    tail_value: Tensor
+    sink_key: Tensor | None = None
+    sink_value: Tensor | None = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.tail_key.shape[1]
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that the tables have room for."""
+        pages = min(group.table.shape[-1] * group.layout.page_size for group in self.groups)
+        return pages + self.tail_key.shape[2]
