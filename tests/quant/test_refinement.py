@@ -157,23 +157,29 @@ def test_small_page_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("name", "dim", "codes", "index"),
+    ("name", "dim", "codes", "plane_at", "index_at"),
     [
-        # K and V codes, three float16, scales and zeros of K, then the numbers of the channels, then the plane
-        ("turbo4", 64, (6, 8), 2048 + 2048 + 6 + 128),
-        ("turbo4", 128, (12, 8), 4096 + 4096 + 6 + 256),
-        ("turbo3", 64, (6, 8), 1536 + 1536 + 6 + 128),
-        ("turbo3", 96, (9, 8), 2304 + 2304 + 6 + 192),
-        ("turbo2", 64, (16, 16), 1024 + 1024 + 6 + 128),
-        ("turbo2", 256, (64, 16), 4096 + 4096 + 6 + 512),
+        # K and V codes, scales and zeros of K, the plane; then scales of V and, where their number is no multiple of
+        # 4, two float16 of K before the numbers of the channels
+        ("turbo4", 64, (6, 8), 2048 + 2048 + 128, 48 + 64 + 4),
+        ("turbo4", 128, (12, 8), 4096 + 4096 + 256, 96 + 64),
+        ("turbo3", 64, (6, 8), 1536 + 1536 + 128, 48 + 64 + 4),
+        # 72 bytes of the plane and 9 numbers are no multiple of 16 or of 2: the plane moves behind V's scales, the
+        # numbers behind all float16
+        ("turbo3", 96, (9, 8), 2304 + 2304 + 192 + 64, 72 + 6),
+        ("turbo2", 64, (16, 16), 1024 + 1024 + 128, None),
+        ("turbo2", 256, (64, 16), 4096 + 4096 + 512, None),
     ],
 )
-def test_regions_by_hand(name: str, dim: int, codes: tuple[int, int], index: int):
-    """The numbers of the refined channels follow the zeros of K; the plane follows them, a row for each channel."""
+def test_regions_by_hand(name: str, dim: int, codes: tuple[int, int], plane_at: int, index_at: int | None):
+    """Regions of a multiple of 16 bytes come first; the numbers of 16 or 64 channels are such and precede the plane."""
     cache = presets()[name].cache
     layout = PageLayout(cache.page_size, dim, cache.key, cache.value)
     plane, numbers = layout.regions["key_refined_codes"], layout.regions["key_refined_index"]
-    assert (plane.offset, *plane.shape) == (index + codes[0], *codes)
+    # index_at: bytes from the plane to the numbers; None: the numbers come right before it.
+    index = plane_at if index_at is None else plane_at + index_at
+    start = plane_at + codes[0] if index_at is None else plane_at
+    assert (plane.offset, *plane.shape) == (start, *codes)
     assert (numbers.offset, *numbers.shape) == (index, codes[0])
     assert plane.dtype == numbers.dtype == torch.uint8
     # The bytes are there, and a reader finds them without the layout.
@@ -182,7 +188,7 @@ def test_regions_by_hand(name: str, dim: int, codes: tuple[int, int], index: int
     refinement = decode_pages(layout, encode_pages(layout, key, value)).key.refinement
     assert refinement is not None
     assert page[index : index + codes[0]] == refinement.channels.tolist()
-    start, (rows, width) = index + codes[0], codes
+    rows, width = codes
     bits = cache.key.refined_bits
     for row in range(rows):
         for t in range(64):
