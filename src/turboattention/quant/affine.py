@@ -11,8 +11,12 @@ from torch import Tensor
 
 from turboattention.quant.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerToken
 
-# Shares of the min-max range tried by `search_range`. Below 0.6 no page of real K or V had its optimum (2 bits).
-SEARCH_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+# Shares of the min-max range tried by `search_range`, 1.0, 0.95, .. 0.6, as float32 numbers. Below 0.6 no page of real
+# K or V had its optimum (2 bits).
+SEARCH_SHARES = tuple((torch.arange(20, 11, -1, dtype=torch.float32) / 20).tolist())
+# Errors of the search are added as integers in units of (half range / 4096) ** 2: exact in any order, so that kernels
+# choose the same range. At most (0.4 * 4096) ** 2 each, hence int32 has room for the 256 values of a token or channel.
+ERROR_STEPS = 4096.0
 # Keeps a division by a zero scale (all values equal) defined; far below any float16 scale.
 TINY = 1e-12
 
@@ -62,22 +66,29 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return codes.float() * scale + zero
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """``x / number``, rounded once everywhere: torch on CUDA multiplies by the reciprocal of a Python number."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def search_range(x: Tensor, low: Tensor, high: Tensor, dims: tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:
-    """The share of the range (about its middle) with the least squared error, per scale.
+    """The share of the range (about its middle) with the least squared error, per scale; of equal ones the largest.
 
     Cutting rare extremes makes the steps of all other values smaller: at 2 bits this halves the KL of K (see
     docs/decisions), at 4 bits and above it changes nothing.
     """
-    middle, half = (low + high) / 2, (high - low) / 2
-    best_error = torch.full_like(low, torch.inf)
-    best_half = half
+    middle, half = (low + high) * 0.5, (high - low) * 0.5
+    relative = (x - middle) * half.clamp_min(TINY).reciprocal()  # -1 .. 1
+    best_error = torch.full_like(low, torch.iinfo(torch.int32).max, dtype=torch.int64)
+    best_share = torch.ones_like(low)
     for share in SEARCH_SHARES:
-        zero, scale = middle - share * half, 2 * share * half / levels(bits)
-        error = (dequantize(encode(x, scale, zero, bits), scale, zero) - x).square().sum(dims, keepdim=True)
+        position = relative * (levels(bits) / (2 * share)) + levels(bits) / 2  # in steps from code 0
+        distance = (position - position.round().clamp(0, levels(bits))) * (2 * share / levels(bits) * ERROR_STEPS)
+        error = distance.square().to(torch.int32).sum(dims, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_half = torch.where(better, share * half, best_half)
-    return middle - best_half, middle + best_half
+        best_share = torch.where(better, share, best_share)
+    return middle - best_share * half, middle + best_share * half
 
 
 def quantize(
@@ -91,7 +102,7 @@ def quantize(
     low, high = value_range(y, dims, symmetric)
     if search:
         low, high = search_range(y, low, high, dims, bits)
-    scale = (high - low) / levels(bits)
+    scale = divided(high - low, levels(bits))
     return Quantized(encode(y, scale, low, bits), scale, low)
 
 

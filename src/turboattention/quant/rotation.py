@@ -26,5 +26,15 @@ def hadamard(dim: int, dtype: torch.dtype = torch.float32, device: torch.device 
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotate the last dimension; its own inverse, because the matrix is symmetric."""
-    return x @ hadamard(x.shape[-1], x.dtype, x.device)
+    """Rotate the last dimension; its own inverse, because the matrix is symmetric.
+
+    A butterfly of additions, then one product with 1 / sqrt(block): every implementation that keeps to this order has
+    the same bits, which no order-free matrix product can promise.
+    """
+    block = x.shape[-1] & -x.shape[-1]
+    size = 1
+    while size < block:
+        first, second = x.unflatten(-1, (-1, 2, size)).unbind(-2)
+        x = torch.stack((first + second, first - second), -2).flatten(-3)
+        size *= 2
+    return x * block**-0.5

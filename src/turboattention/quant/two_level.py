@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from turboattention.checks import to_float16
+from turboattention.quant.affine import divided
 
 SCALE_STEPS = 255
 ZERO_STEPS = 127
-LARGEST = torch.finfo(torch.float16).max
+LARGEST_BITS = 0x7BFF  # the largest float16, 65504
 SMALLEST = 2.0**-24  # of float16, subnormal: what a page scale can be without being zero
 
 
@@ -21,7 +22,9 @@ def page_maximum(x: Tensor, name: str) -> Tensor:
     exact = x.abs().amax(-1, keepdim=True)
     rounded = to_float16(name, exact)
     short = rounded.float() < exact
-    return torch.where(short, torch.nextafter(rounded, torch.full_like(rounded, LARGEST)), rounded)
+    # The next float16 of a number that is not negative has the next bit pattern.
+    bits = rounded.view(torch.int16)
+    return torch.where(short, (bits + 1).clamp_max(LARGEST_BITS), bits).view(torch.float16)
 
 
 def round_scales(scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -33,7 +36,7 @@ def round_scales(scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def expand_scales(page: Tensor, codes: Tensor) -> Tensor:
     """The float32 scales that the codes stand for."""
-    return page.float() * (codes.float() / SCALE_STEPS)
+    return page.float() * divided(codes.float(), SCALE_STEPS)
 
 
 def round_zeros(zero: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -45,4 +48,4 @@ def round_zeros(zero: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def expand_zeros(page: Tensor, codes: Tensor) -> Tensor:
     """The float32 zeros that the codes stand for."""
-    return page.float() * (codes.float() / ZERO_STEPS)
+    return page.float() * divided(codes.float(), ZERO_STEPS)
