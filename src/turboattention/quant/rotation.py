@@ -37,4 +37,5 @@ def rotate(x: Tensor) -> Tensor:
         first, second = x.unflatten(-1, (-1, 2, size)).unbind(-2)
         x = torch.stack((first + second, first - second), -2).flatten(-3)
         size *= 2
-    return x * block**-0.5
+    rotated: Tensor = x * block**-0.5
+    return rotated
