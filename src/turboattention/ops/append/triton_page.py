@@ -4,9 +4,13 @@ Every sum here is a sum of integers, or of two numbers: its order can't matter. 
 elementwise operation; kernels that call these functions must be launched with ``enable_fp_fusion=False``, because the
 definition rounds each product and each sum.
 
-K is held as ``[tokens, parts * width]``: the runs of channels that share bytes one after another, each padded to a power
-of two. V is held as ``[tokens, channels]`` with its tokens in stored order. A page is packed by one integer sum.
+K is held as ``[tokens, parts * width]``: the runs of channels that share bytes one after another, each padded to a
+power of two. V is held as ``[tokens, channels]`` with its tokens in stored order. A page is packed by one integer sum.
 """
+
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
+# Triton has no annotations, and its kernels are compiled from untyped Python.
+# ruff: noqa: N803, N806 - compile-time constants of a kernel are written in capitals, as in all Triton code
 
 import triton
 import triton.language as tl
@@ -174,10 +178,18 @@ def _grid(x, live, low, high, TOP: tl.constexpr, SEARCH: tl.constexpr, AXIS: tl.
 @triton.jit
 def _choose(scale, power, live, COUNT: tl.constexpr):
     """Which channels are refined, and the place of each among them: `codec._choose_refined`, ties to the lowest."""
+    COLUMNS: tl.constexpr = scale.shape[0]
     harm = tl.where(live, scale * scale * power, -1.0)
-    column = tl.arange(0, scale.shape[0])
-    ahead = (harm[None, :] > harm[:, None]) | ((harm[None, :] == harm[:, None]) & (column[None, :] < column[:, None]))
-    refined = tl.sum(ahead.to(tl.int32), 1) < COUNT
+    column = tl.arange(0, COLUMNS)
+    rank = tl.zeros_like(column)
+    # By sixteens: all pairs at once would not fit the registers.
+    rows = tl.reshape(harm, [COLUMNS // 16, 16])
+    for index in range(COLUMNS // 16):
+        other = tl.sum(tl.where((tl.arange(0, COLUMNS // 16) == index)[:, None], rows, 0.0), 0)[None, :]
+        place = index * 16 + tl.arange(0, 16)
+        ahead = (other > harm[:, None]) | ((other == harm[:, None]) & (place[None, :] < column[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    refined = rank < COUNT
     return refined, tl.cumsum(refined.to(tl.int32), 0) - 1
 
 
