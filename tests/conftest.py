@@ -13,6 +13,10 @@ from torch import Tensor
 # Before any test imports transformers: no test may reach a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Without a GPU kernels run in Triton's interpreter, which must be chosen before any of them is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples in every run; no deadline, because machines share their cores.
 settings.register_profile("turboattention", derandomize=True, deadline=None)
 settings.load_profile("turboattention")

@@ -51,9 +51,13 @@ class PageSpec:
 
     @property
     def num_warps(self) -> int:
-        """Warps of a program: 32 values of a tile for each thread, so that two copies of it fit the registers."""
+        """Warps of a program: 64 values of a tile for each thread.
+
+        A thread takes 255 registers then without spills in a loop, so that a multiprocessor holds two programs of
+        head_dim 128; eight warps of 32 values each need as many, and only one program fits.
+        """
         width = max(self.key_parts * self.key_width, self.value_width)
-        return max(4, min(16, self.page_size * width // (32 * 32)))
+        return max(4, min(16, self.page_size * width // (32 * 64)))
 
 
 def supports(layout: PageLayout) -> str | None:

@@ -65,7 +65,7 @@ def encode_key(x, valid, power, page, S: tl.constexpr):
 
     x: float32 ``[tokens, columns]`` in the order of `key_channels`, 0 in gaps. valid: int1 ``[tokens]``; the others
     widen no range. power: float32 ``[columns]``, weights of the choice of refined channels. page: where the page is.
-    Returns the fault bits.
+    Returns the fault bits: NOT_FINITE or BEYOND_FLOAT16.
     """
     TOP: tl.constexpr = (1 << S.key_bits) - 1
     fault = not_finite(x)
@@ -84,14 +84,13 @@ def encode_key(x, valid, power, page, S: tl.constexpr):
         first, last = _grid(x, live[None, :], low, high, FINE, S.key_search, 0)
         scale = tl.where(refined, tl.div_rn(last - first, FINE * 1.0) * UNIT, scale)
         zero = tl.where(refined, first, zero)
-    page_bits, page_scale, bad = _page_number(tl.where(live, scale, 0.0))
-    fault |= bad
+    page_bits, page_scale, beyond = _page_number(tl.where(live, scale, 0.0))
     number = rounded(tl.div_rn(scale, tl.maximum(page_scale, SMALLEST)) * 255.0, 1.0, 255.0)
     scale = page_scale * tl.div_rn(number.to(tl.float32), 255.0)
     _store_float16(page + S.key_page_scale, page_bits)
     tl.store(page + S.key_scale + channel, number.to(tl.uint8), live)
     page_bits, page_zero, bad = _page_number(tl.where(live, zero, 0.0))
-    fault |= bad
+    beyond |= bad
     number = rounded(tl.div_rn(zero, tl.maximum(page_zero, SMALLEST)) * 127.0, -127.0, 127.0)
     zero = page_zero * tl.div_rn(number.to(tl.float32), 127.0)
     _store_float16(page + S.key_page_zero, page_bits)
@@ -110,7 +109,7 @@ def encode_key(x, valid, power, page, S: tl.constexpr):
     _store_key_codes(codes, page + S.key_codes, S)
     padding = S.used + tl.arange(0, 16)
     tl.store(page + padding, tl.zeros_like(padding).to(tl.uint8), padding < S.nbytes)
-    return fault
+    return tl.where(fault == 0, beyond, fault)
 
 
 @triton.jit
@@ -132,8 +131,7 @@ def encode_value(x, valid, page, S: tl.constexpr):
     first, last = _grid(x, live[None, :], low, high, TOP, S.value_search, 1)
     token = stored_tokens(S)
     scale, zero = tl.div_rn(last - first, TOP * 1.0), first
-    page_bits, page_scale, bad = _page_number(scale)
-    fault |= bad
+    page_bits, page_scale, beyond = _page_number(scale)
     number = rounded(tl.div_rn(scale, tl.maximum(page_scale, SMALLEST)) * 255.0, 1.0, 255.0)
     scale = page_scale * tl.div_rn(number.to(tl.float32), 255.0)
     _store_float16(page + S.value_page_scale, page_bits)
@@ -142,14 +140,14 @@ def encode_value(x, valid, page, S: tl.constexpr):
         zero = scale * (-TOP / 2)
     else:
         page_bits, page_zero, bad = _page_number(zero)
-        fault |= bad
+        beyond |= bad
         number = rounded(tl.div_rn(zero, tl.maximum(page_zero, SMALLEST)) * 127.0, -127.0, 127.0)
         zero = page_zero * tl.div_rn(number.to(tl.float32), 127.0)
         _store_float16(page + S.value_page_zero, page_bits)
         tl.store(page + S.value_zero + token, (number & 255).to(tl.uint8))
     codes = rounded(tl.div_rn(x - zero[:, None], tl.maximum(scale, TINY)[:, None]), 0.0, TOP * 1.0)
     _store_value_codes(codes, page + S.value_codes, S)
-    return fault
+    return tl.where(fault == 0, beyond, fault)
 
 
 @triton.jit

@@ -173,7 +173,7 @@ def append_kernel(
             x = _old(tail_value, token, length, channel, live, capacity, tail_t)
             if not BEFORE:
                 new = _new(value, token - length, token >= length, channel, live, value_t, value_d)
-                x = tl.where((token < length)[:, None], x, new.to(tail_value.dtype.element_ty).to(tl.float32))
+                x = tl.where((token < length)[:, None], x, _as_stored(new, tail_value.dtype.element_ty))
             seen |= encode_value(x, token >= SINKS, page, S)
         else:
             seen |= NO_ROOM
@@ -237,6 +237,17 @@ def _new_key(
         angle = channel if ANGLES == DIM else tl.where(first, channel, channel - HALF)
         turned *= _new(sin, index, mask, angle, live, angle_t, 1)
         x = x * _new(cos, index, mask, angle, live, angle_t, 1) + turned
+    return _as_stored(x, STORED)
+
+
+@triton.jit
+def _as_stored(x, STORED: tl.constexpr):
+    """float32 ``x`` rounded to the nearest value of STORED, ties to even."""
+    if STORED == tl.bfloat16:
+        # By hand, because Triton's interpreter cuts instead. NaN must stay NaN.
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
     return x.to(STORED).to(tl.float32)
 
 
@@ -251,6 +262,6 @@ def _copy(
     x = _new_key(key, cos, sin, index, mask, channel, live, key_t, key_d, angle_t, DIM, ANGLES, STORED)
     tl.store(to_key, x.to(STORED), keep)
     fault = not_finite(x)
-    x = _new(value, index, mask, channel, live, value_t, value_d).to(STORED)
-    tl.store(to_value, x, keep)
-    return fault | not_finite(x.to(tl.float32))
+    x = _as_stored(_new(value, index, mask, channel, live, value_t, value_d), STORED)
+    tl.store(to_value, x.to(STORED), keep)
+    return fault | not_finite(x)
