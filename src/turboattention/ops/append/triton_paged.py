@@ -243,7 +243,7 @@ def _new_key(
 @triton.jit
 def _as_stored(x, STORED: tl.constexpr):
     """float32 ``x`` rounded to the nearest value of STORED, ties to even."""
-    if STORED == tl.bfloat16:
+    if STORED == tl.bfloat16:  # noqa: SIM300 - the capitals are no constant of Python
         # By hand, because Triton's interpreter cuts instead. NaN must stay NaN.
         bits = x.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
