@@ -1,0 +1,164 @@
+"""Kernels that make the INT8 operands of a chunk: the same codes as `int8.quantise_chunk`, in two launches.
+
+The first adds up K in 32 parts of each sequence; the second quantises a block of 128 tokens of one head of Q, K or V in
+each program and adds the parts up where it needs the mean.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from turboattention.ops.prefill.int8 import LEVELS, LOG2E, SMALLEST, Int8Chunk, empty_chunk
+from turboattention.ops.prefill.sequences import BLOCK, Sequences
+
+PARTS = 32  # of a sequence when K is added up: enough programs for a whole GPU, few enough to read again for each block
+
+
+@triton.jit
+def locate(cu_ptr, number, longest, PACKED: tl.constexpr):  # noqa: N803 - constants of kernels are upper case
+    """First token, length and padded start of a sequence (`Sequences`)."""
+    if PACKED:
+        first = tl.load(cu_ptr + number)
+        length = tl.load(cu_ptr + number + 1) - first
+        start = (first // 128 + number) * 128
+    else:
+        first = number * 0
+        length = longest
+        start = number * (tl.cdiv(longest, 128) * 128)
+    return first, length, start
+
+
+@triton.jit(do_not_specialize=["longest"])
+def sum_keys(
+    k_ptr, parts_ptr, cu_ptr, longest, kv_heads, stride_b, stride_h, stride_t, stride_d,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Sums of one part of the tokens: float32 ``parts [batch, kv_heads, PARTS, WIDTH]``."""
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    number = tl.program_id(2)
+    first, length, _ = locate(cu_ptr, number, longest, PACKED)
+    size = tl.cdiv(length, PARTS)
+    end = tl.minimum((part + 1) * size, length)
+    channels = tl.arange(0, WIDTH)
+    base = k_ptr + head.to(tl.int64) * stride_h
+    if not PACKED:
+        base += number.to(tl.int64) * stride_b
+    total = tl.zeros([WIDTH], tl.float32)
+    for begin in range(part * size, end, 32):
+        tokens = begin + tl.arange(0, 32)
+        at = base + (first + tokens).to(tl.int64)[:, None] * stride_t + channels[None, :] * stride_d
+        x = tl.load(at, mask=(tokens < end)[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+    tl.store(parts_ptr + ((number * kv_heads + head) * PARTS + part) * WIDTH + channels, total)
+
+
+@triton.jit
+def _mean(parts_ptr, row, length, WIDTH: tl.constexpr, PARTS: tl.constexpr):  # noqa: N803
+    at = row * (PARTS * WIDTH) + tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return tl.math.div_rn(tl.sum(tl.load(parts_ptr + at), 0), length.to(tl.float32))
+
+
+@triton.jit
+def _codes(x, top, LEVELS: tl.constexpr):  # noqa: N803
+    """Integers of x where ``top`` is the largest magnitude; ties to even by adding 1.5 * 2^23."""
+    inverse = tl.math.div_rn(tl.zeros_like(top) + LEVELS, top)
+    return ((x * inverse + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit(do_not_specialize=["longest_q", "longest_k"])
+def quantise(
+    q_ptr, k_ptr, v_ptr, parts_ptr, cu_q_ptr, cu_k_ptr,
+    q8_ptr, q_scale_ptr, k8_ptr, k_scale_ptr, v8_ptr, v_scale_ptr, shift_ptr,
+    factor, scale, longest_q, longest_k, padded_q, padded_k, heads, kv_heads,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_t, v_stride_d,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,  # noqa: N803
+    LEVELS: tl.constexpr, SMALLEST: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """A block of 128 tokens of one head: of Q (heads first), then of K, then of V. ``factor`` is scale * log2(e).
+
+    Launch it without FP fusion: x * inverse must be rounded before the rounding to integers, as in the definition.
+    """
+    block = tl.program_id(0)
+    which = tl.program_id(1)
+    number = tl.program_id(2)
+    channels = tl.arange(0, WIDTH)
+    rows = tl.arange(0, 128)
+    first_k, length_k, start_k = locate(cu_k_ptr, number, longest_k, PACKED)
+    real = (channels < HEAD_DIM)[None, :]
+    if which < heads:
+        first, length, start = locate(cu_q_ptr, number, longest_q, PACKED)
+        if block * 128 < length:
+            tokens = block * 128 + rows
+            base = q_ptr + which.to(tl.int64) * q_stride_h
+            if not PACKED:
+                base += number.to(tl.int64) * q_stride_b
+            at = base + (first + tokens).to(tl.int64)[:, None] * q_stride_t + channels[None, :] * q_stride_d
+            x = tl.load(at, mask=(tokens < length)[:, None] & real, other=0.0).to(tl.float32)
+            mean = _mean(parts_ptr, number * kv_heads + which // (heads // kv_heads), length_k, WIDTH, PARTS)
+            to = which.to(tl.int64) * padded_q + start + tokens
+            tl.store(shift_ptr + to, tl.sum(x * mean[None, :], 1) * scale)
+            x = x * factor
+            top = tl.maximum(tl.max(tl.max(tl.abs(x), 1).reshape(2, 64), 1), SMALLEST)
+            codes = _codes(x.reshape(2, 64, WIDTH), top[:, None, None], LEVELS).reshape(128, WIDTH)
+            tl.store(q8_ptr + to[:, None] * WIDTH + channels[None, :], codes)
+            to = which * (padded_q // 64) + (start // 64 + block * 2) + tl.arange(0, 2)
+            tl.store(q_scale_ptr + to, tl.math.div_rn(top, tl.zeros_like(top) + LEVELS))
+    elif block * 128 < length_k:
+        if which < heads + kv_heads:
+            head = which - heads
+            tokens = block * 128 + rows
+            base = k_ptr + head.to(tl.int64) * k_stride_h
+            if not PACKED:
+                base += number.to(tl.int64) * k_stride_b
+            at = base + (first_k + tokens).to(tl.int64)[:, None] * k_stride_t + channels[None, :] * k_stride_d
+            seen = (tokens < length_k)[:, None] & real
+            x = tl.load(at, mask=seen, other=0.0).to(tl.float32)
+            mean = _mean(parts_ptr, number * kv_heads + head, length_k, WIDTH, PARTS)
+            x = tl.where(seen, x - mean[None, :], 0.0)
+            top = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
+            to = head.to(tl.int64) * padded_k + start_k + tokens
+            tl.store(k8_ptr + to[:, None] * WIDTH + channels[None, :], _codes(x, top, LEVELS))
+            to_scale = k_scale_ptr + head * (padded_k // 128) + start_k // 128 + block
+            tl.store(to_scale, tl.math.div_rn(top, tl.zeros_like(top) + LEVELS))
+        else:
+            head = which - heads - kv_heads
+            # Stored position 16a + 4c + 2b + d holds token 16a + 8b + 2c + d: read in that order, then transpose.
+            order = (rows & ~14) + ((rows >> 1) & 1) * 8 + ((rows >> 2) & 3) * 2
+            tokens = block * 128 + order
+            base = v_ptr + head.to(tl.int64) * v_stride_h
+            if not PACKED:
+                base += number.to(tl.int64) * v_stride_b
+            at = base + (first_k + tokens).to(tl.int64)[:, None] * v_stride_t + channels[None, :] * v_stride_d
+            x = tl.load(at, mask=(tokens < length_k)[:, None] & real, other=0.0).to(tl.float32)
+            top = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
+            codes = tl.trans(_codes(x, top, LEVELS))
+            to = (head * WIDTH + channels).to(tl.int64)[:, None] * padded_k
+            tl.store(v8_ptr + to + (start_k + block * 128 + rows)[None, :], codes)
+            to_scale = v_scale_ptr + head * (padded_k // 128) + start_k // 128 + block
+            tl.store(to_scale, tl.math.div_rn(top, tl.zeros_like(top) + LEVELS))
+
+
+def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Sequences | None = None) -> Int8Chunk:
+    """As `int8.quantise_chunk`, by kernels; K's codes may differ where its mean is added up in another order."""
+    sequences = sequences or Sequences.dense(q, k)
+    sequences.check(q, k, v)
+    chunk = empty_chunk(q, k, sequences)
+    heads, kv_heads, width = chunk.q.shape[0], chunk.k.shape[0], chunk.q.shape[2]
+    parts = torch.empty((sequences.batch, kv_heads, PARTS, width), dtype=torch.float32, device=q.device)
+    packed = sequences.is_packed
+    sizes = {"HEAD_DIM": chunk.head_dim, "WIDTH": width, "PARTS": PARTS, "PACKED": packed}
+    strides = [(0, x.stride(1), x.stride(0), x.stride(2)) if packed else x.stride() for x in (q, k, v)]
+    grid = (PARTS, kv_heads, sequences.batch)
+    sum_keys[grid](k, parts, sequences.cu_k, sequences.max_k, kv_heads, *strides[1], **sizes, num_warps=4)
+    grid = (-(-max(sequences.max_q, sequences.max_k) // BLOCK), heads + 2 * kv_heads, sequences.batch)
+    quantise[grid](
+        q, k, v, parts, sequences.cu_q, sequences.cu_k,
+        chunk.q, chunk.q_scale, chunk.k, chunk.k_scale, chunk.v, chunk.v_scale, chunk.shift,
+        scale * LOG2E, scale, sequences.max_q, sequences.max_k, sequences.padded_q, sequences.padded_k, heads, kv_heads,
+        *strides[0], *strides[1], *strides[2], **sizes, LEVELS=float(LEVELS), SMALLEST=SMALLEST,
+        num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+    return chunk
