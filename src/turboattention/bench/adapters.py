@@ -1,19 +1,23 @@
 """The only module here that calls our operators: a changed signature changes this file."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from turboattention import ops
-from turboattention.errors import UnsupportedError
+from turboattention.bench.case import Case
+from turboattention.kvcache.paged import PagedCache
+from turboattention.ops.append import advance, paged_append_for
 from turboattention.ops.common.paged_kv import PagedKV
+from turboattention.quant.codec import encode_pages
 
 
 def implementation_of(op: str, asked: str | None) -> str:
     """The implementation that runs: the asked one, or what the operator chooses on this machine."""
-    return asked or ops.implementations()[op][0]
+    chosen = ops.implementations()[op]
+    return asked or (chosen if isinstance(chosen, str) else chosen[0])
 
 
 def decode(kv: PagedKV, implementation: str | None) -> Callable[[Tensor], Tensor]:
@@ -21,6 +25,125 @@ def decode(kv: PagedKV, implementation: str | None) -> Callable[[Tensor], Tensor
     from turboattention.ops.decode import paged_decode
 
     def attend(q: Tensor) -> Tensor:
-        return paged_decode(q, kv, implementation=implementation).out
+        out: Tensor = paged_decode(q, kv, implementation=implementation).out
+        return out
 
     return attend
+
+
+def int8_prefill(q: Tensor, k: Tensor, v: Tensor, causal: bool, implementation: str | None) -> Callable[[], Tensor]:
+    """A call of INT8 attention of a chunk ``[batch, heads, tokens, head_dim]`` over itself, quantisation included."""
+    from turboattention.ops.prefill import int8_prefill as operator
+
+    def call() -> Tensor:
+        out: Tensor = operator(q, k, v, causal=causal, scale=q.shape[-1] ** -0.5, implementation=implementation)[0]
+        return out
+
+    return call
+
+
+def int8_prepass(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """A call of the part of `int8_prefill` that quantises."""
+    if q.is_cuda:
+        from turboattention.ops.prefill.int8_prepass import quantise_chunk
+    else:
+        from turboattention.ops.prefill.int8 import quantise_chunk
+    return lambda: quantise_chunk(q, k, v, q.shape[-1] ** -0.5)
+
+
+def int8_values(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 values that the INT8 operands of one sequence stand for, ``[heads, tokens, head_dim]`` each.
+
+    q: ``[1, heads, tokens, head_dim]``, k, v with KV heads. Their products give the scores with the usual scale, up to
+    a constant of each row, which softmax does not see.
+    """
+    from turboattention.ops.prefill.int8 import LOG2E, quantise_chunk
+    from turboattention.quant.packing import restore_tokens
+
+    scale = q.shape[-1] ** -0.5
+    chunk = quantise_chunk(q, k, v, scale)
+    found = []
+    for codes, scales in (
+        (chunk.q, chunk.q_scale),
+        (chunk.k, chunk.k_scale),
+        (restore_tokens(chunk.v).mT, chunk.v_scale),
+    ):
+        block = codes.shape[1] // scales.shape[1]
+        values = codes.double() * scales.double().repeat_interleave(block, 1)[..., None]
+        found.append(values[:, : q.shape[2], : q.shape[3]])
+    return found[0] / (scale * LOG2E), found[1], found[2]
+
+
+@dataclass(frozen=True)
+class AppendSteps:
+    """Steps of one token that fill one page of every sequence.
+
+    calls: one for each step, in order; the compressing one is ``calls[compressing]``.
+    wrong_bytes: share of the bytes of the new pages that differ from the definition's.
+    """
+
+    calls: list[Callable[[], None]]
+    compressing: int
+    wrong_bytes: float
+    bits_per_value: float
+
+
+def append_steps(case: Case, device: torch.device, dtype: torch.dtype, key: Tensor, value: Tensor) -> AppendSteps:
+    """Prepare the steps before ``case.tokens`` and run them once.
+
+    key, value: ``[batch, kv_heads, page_size, head_dim]``, a token for each step.
+    """
+    config, size = case.config, case.config.page_size
+    start = max(size, (case.tokens - size) // size * size)
+    cache = PagedCache(
+        config, [(config.key, config.value)] * case.kv_heads, rows=case.batch, max_tokens=start + config.recent_window
+        + 2 * size, head_dim=case.head_dim, dtype=dtype, device=device, shuffle=0 if case.order == "random" else None,
+    )  # fmt: skip
+    if cache.query_power is not None:
+        cache.query_power.fill_(1.0)
+    layout = cache.groups[0].layout
+    operator = paged_append_for([layout], device)
+    lengths = torch.full((case.batch,), start + 1 + config.recent_window, dtype=torch.int32, device=device)
+    paged = torch.full_like(lengths, start)
+    calls: list[Callable[[], None]] = []
+    compressing = 0
+    for step in range(size):
+        kv = replace(cache.view(), lengths=lengths, page_tokens=paged)
+        # The first step holds the second token of the page, the last one the first token of the next page.
+        token = slice((step + 1) % size, (step + 1) % size + 1)
+        calls.append(_bound(operator, kv, key[:, :, token].contiguous(), value[:, :, token].contiguous(), cache))
+        lengths, later = advance(lengths, paged, 1, when="before", page_size=size, window=config.recent_window)
+        compressing = step if bool((later != paged).any()) else compressing
+        paged = later
+    # What was there before these steps: the first token of the page, and a window that is already in the past.
+    newest = torch.arange(start, start + 1 + config.recent_window, device=device)
+    slots = newest % cache.tail_key.shape[2]
+    for tail, x in ((cache.tail_key, key), (cache.tail_value, value)):
+        tail[:, :, slots] = x[:, :, (newest - start - config.recent_window) % size].to(dtype)
+    wanted_power = None if cache.query_power is None else cache.query_power
+    expected = _expected_page(cache, key, value, start, wanted_power)
+    for call in calls:
+        call()
+    cache.check()
+    got = cache.groups[0].pool[cache.groups[0].table[:, :, start // size].long()]
+    wrong = float((got != expected).double().mean())
+    return AppendSteps(calls, compressing, wrong, layout.bits_per_value)
+
+
+def _bound(
+    operator: Callable[..., None], kv: PagedKV, key: Tensor, value: Tensor, cache: PagedCache
+) -> Callable[[], None]:
+    def call() -> None:
+        operator(
+            kv, key, value, when="before", fault=cache.fault, window=cache.config.recent_window,
+            query_power=cache.query_power,
+        )  # fmt: skip
+
+    return call
+
+
+def _expected_page(cache: PagedCache, key: Tensor, value: Tensor, start: int, power: Tensor | None) -> Tensor:
+    size, window = cache.config.page_size, cache.config.recent_window
+    order = (torch.arange(start, start + size, device=key.device) - start - window) % size
+    pages = [x[:, :, order].to(cache.tail_key.dtype) for x in (key, value)]
+    return encode_pages(cache.groups[0].layout, pages[0], pages[1], query_power=power)

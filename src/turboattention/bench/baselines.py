@@ -90,7 +90,9 @@ def prefill_baselines(device: torch.device) -> list[PrefillBaseline]:
     return found
 
 
-def _sdpa_decode(backend: SDPBackend | None, rows: bool, dtype: torch.dtype | None = None) -> Callable[[Cache16], Attend]:
+def _sdpa_decode(
+    backend: SDPBackend | None, rows: bool, dtype: torch.dtype | None = None
+) -> Callable[[Cache16], Attend]:
     def prepare(cache: Cache16) -> Attend:
         key, value = cache.dense()
         key, value = (key, value) if dtype is None else (key.to(dtype), value.to(dtype))

@@ -56,7 +56,7 @@ class Case:
         ratio = self.tokens / SHORTEST_RAGGED
         lengths = [round(SHORTEST_RAGGED * ratio ** (i / (self.batch - 1))) for i in range(self.batch)]
         # Long and short ones alternate: an order by length would let a scheduler look better than it is.
-        return tuple(lengths[:: 2] + lengths[1::2][::-1])
+        return tuple(lengths[::2] + lengths[1::2][::-1])
 
     @property
     def total_tokens(self) -> int:

@@ -205,9 +205,7 @@ def expand_sequence(kv: PagedKV, sequence: int, head: int) -> tuple[Tensor, Tens
     tail = torch.arange(paged, length, device=ids.device) % kv.tail_key.shape[2]
     both = []
     codes = expand_pages(group.layout, group.pool[ids])
-    for paged_part, tails, sinks in zip(
-        codes, (kv.tail_key, kv.tail_value), (kv.sink_key, kv.sink_value), strict=True
-    ):
+    for paged_part, tails, sinks in zip(codes, (kv.tail_key, kv.tail_value), (kv.sink_key, kv.sink_value), strict=True):
         x = torch.cat([paged_part.flatten(0, 1).double(), tails[sequence, head, tail].double()])
         if sinks is not None and paged:
             x[: sinks.shape[2]] = sinks[sequence, head].double()

@@ -32,7 +32,6 @@ Against = Literal["16-bit", "even batch", "contiguous pages"]
 PLAUSIBLE_16BIT = 2e-2
 # Codes of a peer lose more, and what they lose on synthetic data judges nothing: only nonsense is refused.
 PLAUSIBLE_PEER = 0.8
-Measure = Callable[[Sequence[Callable[[], object]], torch.device], Timing]
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ def measure_decode(
     passed = [m for m in own if m.timing is not None]
     if not passed:
         return [failed(row, "no 16-bit baseline ran: " + "; ".join(f"{m.name}: {m.reason}" for m in own))]
-    best = min(passed, key=_ms)
+    best = min(passed, key=ms_of)
     limit = 2 * max(m.error or 0.0 for m in passed if not m.exact and (m is best or best.exact))
-    row = replace(row, compared=_listing(found), error_limit=limit)
+    row = replace(row, compared=listing(found), error_limit=limit)
     rows = [_candidate(row, case, base, device, repeats, against, best)]
     for peer, m in ((peer, m) for peer in peers for m in found if m.name == peer.name):
         rows.append(_peer_row(row, m, best))
@@ -86,10 +85,11 @@ def _candidate(
                 return failed(row, f"{against}: {other_row.failure}")
             best = Measured(against, other_timing)
     except Exception as error:  # whatever a kernel raises is this row's reason, and other rows still run
-        return failed(row, _reason(error))
+        return failed(row, reason_of(error))
     finally:
-        _free(device)
-    return _with_speed(row, best, timing)
+        free(device)
+    assert best.timing is not None
+    return with_speed(row, best.name, best.timing, timing)
 
 
 def _own(
@@ -130,7 +130,7 @@ def _baselines(
     caches = [first, *(first.copy() for _ in range(buffers_needed(nbytes, device) - 1))]
     found = [_measured(baseline, case, base, caches, device, repeats) for baseline in baselines]
     del caches, first
-    _free(device)
+    free(device)
     return found
 
 
@@ -149,37 +149,38 @@ def _measured(
             call()  # plans and compiles, which a graph can't capture
         return Measured(baseline.name, measure(calls, device, repeats), error, exact=baseline.exact)
     except Exception as error:  # a baseline that can't run here is left out, with its reason
-        return Measured(baseline.name, reason=_reason(error))
+        return Measured(baseline.name, reason=reason_of(error))
     finally:
-        _free(device)
+        free(device)
 
 
 def _peer_row(row: Row, peer: Measured, best: Measured) -> Row:
     row = replace(row, preset=peer.name, implementation=peer.name, error_exact=peer.error, error_limit=None)
     if peer.timing is None:
         return failed(row, peer.reason)
-    return _with_speed(row, best, peer.timing)
+    assert best.timing is not None
+    return with_speed(row, best.name, best.timing, peer.timing)
 
 
-def _with_speed(row: Row, best: Measured, timing: Timing) -> Row:
-    base = best.timing
-    assert base is not None
+def with_speed(row: Row, name: str, base: Timing, timing: Timing) -> Row:
+    """``row`` with the times of its baseline and its own."""
     return replace(
-        row, baseline=best.name, baseline_ms=base.ms, baseline_p10_ms=base.p10_ms, baseline_p90_ms=base.p90_ms,
+        row, baseline=name, baseline_ms=base.ms, baseline_p10_ms=base.p10_ms, baseline_p90_ms=base.p90_ms,
         candidate_ms=timing.ms, candidate_p10_ms=timing.p10_ms, candidate_p90_ms=timing.p90_ms,
         ratio=base.ms / timing.ms, sm_clock_mhz=timing.sm_clock_mhz,
     )  # fmt: skip
 
 
-def _ms(measured: Measured) -> float:
+def ms_of(measured: Measured) -> float:
+    """Its median time; it has one."""
     assert measured.timing is not None
     return measured.timing.ms
 
 
-def _listing(found: Sequence[Measured]) -> str:
+def listing(found: Sequence[Measured]) -> str:
     """All that was compared, fastest first, then what did not run and why."""
-    ran = sorted((m for m in found if m.timing is not None), key=_ms)
-    parts = [f"{m.name} {_ms(m):.4g} ms" for m in ran]
+    ran = sorted((m for m in found if m.timing is not None), key=ms_of)
+    parts = [f"{m.name} {ms_of(m):.4g} ms" for m in ran]
     return "; ".join(parts + [f"{m.name}: {m.reason[:120]}" for m in found if m.timing is None])
 
 
@@ -187,11 +188,13 @@ def _bound(attend: Attend, base: Sequence16) -> Callable[[], object]:
     return lambda: attend(base.peaked)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _free(device: torch.device) -> None:
+def free(device: torch.device) -> None:
+    """Give memory back: the next buffers are as large."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

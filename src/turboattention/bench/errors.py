@@ -1,5 +1,6 @@
 """Errors against attention in float64."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,11 @@ def relative_rms64(out: Tensor, expected: Tensor) -> float:
     return float((out.double() - expected).norm() / expected.norm())
 
 
+def largest(errors: list[float]) -> float:
+    """The largest error; NaN when there is one, which max() may overlook."""
+    return max(errors) if all(math.isfinite(error) for error in errors) else math.nan
+
+
 def checked_heads(kv_heads: int) -> tuple[int, ...]:
     """The first and the last KV head."""
     return tuple(sorted({0, kv_heads - 1}))
@@ -39,7 +45,7 @@ def decode_error(
 
     Two KV heads of the longest and the shortest sequence are compared, all others must be finite.
     """
-    worst = 0.0
+    errors = []
     kv_heads = base.key.shape[0]
     for q in (base.peaked, base.flat):
         out = attend(q)
@@ -52,5 +58,5 @@ def decode_error(
                 key, value = tokens(sequence, head)
                 expected.append(attention64(grouped_q[sequence, head], key, value))
                 got.append(grouped[sequence, head])
-            worst = max(worst, relative_rms64(torch.stack(got), torch.stack(expected)))
-    return worst
+            errors.append(relative_rms64(torch.stack(got), torch.stack(expected)))
+    return largest(errors)

@@ -120,7 +120,9 @@ class SplitDecode:
         properties = torch.cuda.get_device_properties(device) if cuda else None
         processors = properties.multi_processor_count if properties else 2
         # Hopper and later can start the merge while the chunks still run.
-        self.dependent = bool(properties) and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+        self.dependent = (
+            bool(properties) and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+        )
         steps = sum(-(-length // tiles.block) for length in cache.lengths) * cache.kv_heads
         self.chunk = max(1, -(-steps // (processors * tiles.programs))) * tiles.block
         longest = max(cache.lengths)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
+from turboattention.cli.bench import bench
 from turboattention.cli.compare import compare
 from turboattention.cli.doctor import doctor
 from turboattention.cli.generate import generate
@@ -42,6 +43,13 @@ app.command(
         "python -m turboattention doctor",
     )
 )(doctor)
+app.command(
+    epilog=examples(
+        "turboattention bench decode --tokens 4096 --preset turbo4",
+        "turboattention bench decode --device cuda --batch 8 --tokens 32768 --ragged --json decode.json",
+        "turboattention bench prefill --device cuda --tokens 16384 --no-causal",
+    )
+)(bench)
 
 
 def run(arguments: Sequence[str]) -> int:
