@@ -57,8 +57,11 @@ def value_range(x: Tensor, dims: tuple[int, ...], symmetric: bool) -> tuple[Tens
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes (uint8) of ``x`` on a given grid; values outside the grid take its ends."""
-    return ((x - zero) / scale.clamp_min(TINY)).round().clamp(0, levels(bits)).to(torch.uint8)
+    """Codes (uint8) of ``x`` on a given grid; values outside the grid take its ends.
+
+    A product with the rounded reciprocal: one division for each scale instead of one for each value.
+    """
+    return ((x - zero) * scale.clamp_min(TINY).reciprocal()).round().clamp(0, levels(bits)).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

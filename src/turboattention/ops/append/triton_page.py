@@ -96,16 +96,16 @@ def encode_key(x, valid, power, page, S: tl.constexpr):
     _store_float16(page + S.key_page_zero, page_bits)
     tl.store(page + S.key_zero + channel, (number & 255).to(tl.uint8), live)
     if S.refined:
-        # One division for both kinds of channels: a refined one counts in finer steps up to a higher end.
+        # One product for both kinds of channels: a refined one counts in finer steps up to a higher end.
         step = tl.where(refined, scale * (1.0 / UNIT), scale)
         end = tl.where(refined, FINE * 1.0, TOP * 1.0)
-        position = tl.div_rn(x - zero[None, :], tl.maximum(step, TINY)[None, :])
+        position = (x - zero[None, :]) * tl.div_rn(1.0, tl.maximum(step, TINY))[None, :]
         fine = rounded(tl.minimum(position, end[None, :]), 0.0, FINE * 1.0)
         codes = fine >> tl.where(refined, S.refined_bits, 0)[None, :]
         _store_plane(fine & (UNIT - 1), refined, place, page, S)
         tl.store(page + S.key_refined_index + place, channel.to(tl.uint8), refined)
     else:
-        codes = rounded(tl.div_rn(x - zero[None, :], tl.maximum(scale, TINY)[None, :]), 0.0, TOP * 1.0)
+        codes = rounded((x - zero[None, :]) * tl.div_rn(1.0, tl.maximum(scale, TINY))[None, :], 0.0, TOP * 1.0)
     _store_key_codes(codes, page + S.key_codes, S)
     padding = S.used + tl.arange(0, 16)
     tl.store(page + padding, tl.zeros_like(padding).to(tl.uint8), padding < S.nbytes)
@@ -145,7 +145,7 @@ def encode_value(x, valid, page, S: tl.constexpr):
         zero = page_zero * tl.div_rn(number.to(tl.float32), 127.0)
         _store_float16(page + S.value_page_zero, page_bits)
         tl.store(page + S.value_zero + token, (number & 255).to(tl.uint8))
-    codes = rounded(tl.div_rn(x - zero[:, None], tl.maximum(scale, TINY)[:, None]), 0.0, TOP * 1.0)
+    codes = rounded((x - zero[:, None]) * tl.div_rn(1.0, tl.maximum(scale, TINY))[:, None], 0.0, TOP * 1.0)
     _store_value_codes(codes, page + S.value_codes, S)
     return tl.where(fault == 0, beyond, fault)
 
@@ -215,10 +215,11 @@ def _rotated(x, TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def _butterfly(x, TOKENS: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
     pairs = tl.reshape(x, [TOKENS, WIDTH // (2 * SIZE), 2, SIZE])
     second = (tl.arange(0, 2) == 1)[None, None, :, None]
-    # Sums of two: exact in either order, and they move no data but the partner's.
-    total = tl.sum(pairs, 2, keep_dims=True)
-    difference = tl.sum(tl.where(second, -pairs, pairs), 2, keep_dims=True)
-    return tl.reshape(tl.where(second, difference, total), [TOKENS, WIDTH])
+    # The partner of each value: the sum of both bit patterns (which may wrap) less its own. It costs one exchange where
+    # the partner is in another thread, and nothing where it is in the same.
+    bits = pairs.to(tl.int32, bitcast=True)
+    partner = (tl.sum(bits, 2, keep_dims=True) - bits).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.where(second, partner - pairs, pairs + partner), [TOKENS, WIDTH])
 
 
 @triton.jit
