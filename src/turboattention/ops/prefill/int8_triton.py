@@ -49,15 +49,16 @@ class Tiles:
 def choose_tiles(target: str, width: int) -> Tiles:
     """Tiles for a target (``sm_90``, ``gfx942``; anything else is the interpreter) and a padded head_dim.
 
-    Eight warps on NVIDIA: four would need more than 255 registers a thread. Wide heads take half the tokens, to stay
-    within the registers, and the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
+    Eight warps on NVIDIA: four would need more than 255 registers a thread. Only the Hopper matrix unit reads its
+    operands from shared memory; elsewhere they take registers too, so a tile has fewer tokens, and again fewer where
+    the output of a row is 256 channels wide.
     """
+    if target == "sm_90":
+        return Tiles(128, 128, 8, 3, False, True) if width <= 128 else Tiles(128, 64, 8, 2, False, True)
     if target.startswith("sm_"):
-        small = target in ("sm_86", "sm_89", "sm_120")
-        block_n = 64 if width > 128 else 128
-        return Tiles(128, block_n, 8, 2 if small or width > 128 else 3, target == "sm_80", True)
+        return Tiles(128, 64 if width <= 128 else 32, 8, 2, target == "sm_80", True)
     if target.startswith("gfx"):
-        return Tiles(128, 64, 8, 1, False, False)
+        return Tiles(128, 64, 8, 1, False, False) if width <= 128 else Tiles(64, 64, 8, 1, False, False)
     return Tiles(128, 128 if width <= 128 else 64, 4, 1, False, False)
 
 
@@ -97,7 +98,7 @@ def _tiles(
     MASKED: tl.constexpr, BY_ADD: tl.constexpr, ASSEMBLY: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """Add the tokens ``begin .. end`` (multiples of N) to the running output, sum and reference of every row."""
-    SPLIT: tl.constexpr = WIDTH > 128  # noqa: N806 - the output in two halves, so that only one is int32 at a time
+    SPLIT: tl.constexpr = WIDTH > N  # noqa: N806 - the output in two halves, so that only one is int32 at a time
     for n in range(begin, end, N):
         k_scale = tl.load(k_scale_ptr + n // 128)
         v_scale = tl.load(v_scale_ptr + n // 128)
@@ -167,7 +168,7 @@ def attention_kernel(
     q_scale = tl.load(q_scale_ptr + head * (padded_q // 64) + (start_q + rows) // 64)
     position = rows + (length - length_q)
 
-    PART: tl.constexpr = WIDTH // 2 if WIDTH > 128 else WIDTH  # noqa: N806
+    PART: tl.constexpr = WIDTH // 2 if WIDTH > N else WIDTH  # noqa: N806
     tokens = tl.arange(0, N)
     k_ptrs = k_ptr + (kv_head.to(tl.int64) * padded_k + start_k) * WIDTH + tokens[:, None] * WIDTH + channels[None, :]
     v_ptrs = v_ptr + kv_head.to(tl.int64) * WIDTH * padded_k + start_k + tl.arange(0, PART)[:, None] * padded_k + tokens[None, :]
@@ -175,7 +176,7 @@ def attention_kernel(
     v_scale_ptr += kv_head * (padded_k // 128) + start_k // 128
 
     acc = tl.zeros([M, PART], tl.float32)
-    acc_high = tl.zeros([M, PART], tl.float32) if WIDTH > 128 else tl.zeros([M], tl.float32)
+    acc_high = tl.zeros([M, PART], tl.float32) if WIDTH > N else tl.zeros([M], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], -float("inf"), tl.float32)
 
@@ -218,7 +219,7 @@ def attention_kernel(
     part = tl.arange(0, PART)
     to = out_ptr + row[:, None] * out_stride_t + part[None, :] * out_stride_d
     tl.store(to, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None] & (part < HEAD_DIM)[None, :])
-    if WIDTH > 128:
+    if WIDTH > N:
         high = (acc_high * inverse[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(to + PART * out_stride_d, high, mask=real[:, None] & (part + PART < HEAD_DIM)[None, :])
 

@@ -1,0 +1,406 @@
+"""INT8 prefill for Hopper (sm_90) in Gluon: two warpgroups of 64 rows compute, one warp loads K and V by TMA.
+
+The products of neighbouring tiles overlap: Q K of the next tile and P V of this one are issued together, and P V runs
+under the softmax of the next tile. Same operands and same arithmetic as `int8_triton`, except that the output is
+rescaled only when a row's maximum grows by 2^60 (float32 has the range), in a branch that single warps take.
+"""
+
+import math
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from turboattention.ops.prefill.int8 import LEVELS, Int8Chunk
+from turboattention.ops.prefill.sequences import BLOCK
+
+ROWS = gl.constexpr(64)  # of a computing warpgroup; two of them in a program
+TOKENS = gl.constexpr(BLOCK)  # of a tile: those that share the scales of K and V
+STAGES = gl.constexpr(2)
+WIDTHS = (64, 128)
+_LOG2_LEVELS = gl.constexpr(math.log2(LEVELS))
+_LN2 = gl.constexpr(math.log(2))
+
+_EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
+# Four floats that carry a factor 2^-24: converted to float16 they become subnormals whose bits are the rounded integers.
+_PACK = gl.constexpr("""{
+.reg .b32 low, high;
+cvt.rn.f16x2.f32 low, $2, $1; cvt.rn.f16x2.f32 high, $4, $3;
+prmt.b32 $0, low, high, 0x6420;
+}""")
+# The sum of four int8 in the first of four results; adding the zeros of the others costs nothing after optimisation.
+_SUM = gl.constexpr("""{
+.reg .b32 one, zero; mov.b32 one, 0x01010101; mov.b32 zero, 0;
+dp4a.s32.s32 $0, $4, one, zero; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+}""")
+# From the largest integer score of two rows in this thread and their factors: the rows' references, exchanged between
+# the four threads of a row; the bases of the output, which move only when a reference is 2^60 above; and the factors of
+# the old output, 1 where nothing moved.
+_REFERENCE = gl.constexpr("""{
+.reg .pred p0, p1, any; .reg .f32 a0, a1, t, u;
+cvt.rn.f32.s32 a0, $6; cvt.rn.f32.s32 a1, $7; mul.f32 a0, a0, $8; mul.f32 a1, a1, $9;
+shfl.sync.bfly.b32 t, a0, 1, 31, -1; shfl.sync.bfly.b32 u, a1, 1, 31, -1; max.f32 a0, a0, t; max.f32 a1, a1, u;
+shfl.sync.bfly.b32 t, a0, 2, 31, -1; shfl.sync.bfly.b32 u, a1, 2, 31, -1; max.f32 $0, a0, t; max.f32 $1, a1, u;
+mov.f32 $2, $10; mov.f32 $3, $11; mov.f32 $4, 0f3F800000; mov.f32 $5, 0f3F800000;
+add.f32 t, $10, 0f42700000; setp.gt.f32 p0, $0, t; add.f32 t, $11, 0f42700000; setp.gt.f32 p1, $1, t;
+or.pred any, p0, p1; vote.sync.any.pred any, any, 0xffffffff;
+@!any bra KEEP${:uid};
+@p0 mov.f32 $2, $0; @p1 mov.f32 $3, $1;
+sub.f32 $4, $10, $2; ex2.approx.ftz.f32 $4, $4; sub.f32 $5, $11, $3; ex2.approx.ftz.f32 $5, $5;
+KEEP${:uid}:
+}""")
+
+
+def _scale_asm(count: int) -> gl.constexpr:
+    """Multiply ``count`` accumulators by their row's factor; only warps in which a factor is below 1 do it."""
+    lines = [f"mov.b32 ${i}, ${count + i};" for i in range(count)]
+    lines += [f"setp.lt.f32 p, ${2 * count}, 0f3F800000; setp.lt.f32 q, ${2 * count + 2}, 0f3F800000; or.pred p, p, q;"]
+    lines += ["vote.sync.any.pred p, p, 0xffffffff;", "@!p bra SAME${:uid};"]
+    lines += [f"mul.f32 ${i}, ${count + i}, ${2 * count + 2 * (i // 2 % 2)};" for i in range(count)]
+    return gl.constexpr("{\n.reg .pred p, q;\n" + "\n".join(lines) + "\nSAME${:uid}:\n}")
+
+
+def _constraints(count: int) -> gl.constexpr:
+    return gl.constexpr(",".join(["=&f"] * count + ["f"] * (2 * count)))
+
+
+# A thread holds this many accumulators of 64 rows: head_dim / 2.
+_SCALE_64, _SCALE_128 = _scale_asm(32), _scale_asm(64)
+_REGISTERS_64, _REGISTERS_128 = _constraints(32), _constraints(64)
+
+
+# Row quantities are [ROWS, 4]: one copy for each of the four threads that share a row, so that partial sums and maxima
+# stay in their thread. A tile [ROWS, N] is seen as [ROWS, N / 8, 4, 2] to combine with them.
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise(_EXP2, "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
+def _beside(row, tile):
+    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, tile.type.layout))
+    return gl.expand_dims(gl.expand_dims(gl.convert_layout(row, layout, assert_trivial=True), 1), 3)
+
+
+@gluon.jit
+def _hide(s, limit, first, layout: gl.constexpr):
+    """Scores of tokens from ``limit`` on far below all others; ``first`` is the tile's first token."""
+    token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    seen = gl.expand_dims(token, 0) < gl.expand_dims(gl.minimum(limit[0] + row * limit[1], limit[2]), 1)
+    return gl.where(seen, s, -(1 << 30))
+
+
+@gluon.jit
+def _zero(p, limit, first, layout: gl.constexpr):
+    """The same for probabilities, whose tokens are in the stored order: exactly 0, however small the factor is."""
+    u = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
+    token = first + (u & ~14) + ((u >> 1) & 1) * 8 + ((u >> 2) & 3) * 2
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    seen = gl.expand_dims(token, 0) < gl.expand_dims(gl.minimum(limit[0] + row * limit[1], limit[2]), 1)
+    return gl.where(seen, p, 0.0)
+
+
+@gluon.jit
+def _softmax(s, factor, base, operand: gl.constexpr):
+    """Probabilities times 127 * 2^-24 in the operand's order, base, factor of the old output, weight of this tile."""
+    s4 = s.reshape([ROWS, TOKENS // 8, 4, 2])
+    highest = gl.max(gl.max(s4, 3), 1)
+    reference, base, old = gl.inline_asm_elementwise(
+        _REFERENCE, "=&f,=&f,=&f,=&f,=&f,=&f,r,r,f,f,f,f", [highest, factor, base],
+        (gl.float32, gl.float32, gl.float32), True, 2,
+    )  # fmt: skip
+    weight = _exp2(reference - base)
+    x = gl.fma(s4.to(gl.float32), _beside(factor, s4), -_beside(reference + (24.0 - _LOG2_LEVELS), s4))
+    x = x.reshape([ROWS, TOKENS // 32, 2, 2, 4, 2]).permute([0, 1, 2, 4, 3, 5]).reshape([ROWS, TOKENS])
+    return _exp2(gl.convert_layout(x, operand, assert_trivial=True)), base, old, weight
+
+
+@gluon.jit
+def _integers(p):
+    return gl.inline_asm_elementwise(_PACK, "=r,f,f,f,f", [p], gl.int8, True, 4)
+
+
+@gluon.jit
+def _row_sums(codes, like):
+    sums = gl.inline_asm_elementwise(_SUM, "=r,=r,=r,=r,r", [codes], gl.int32, True, 4)
+    sums = gl.sum(gl.sum(gl.sum(sums.reshape([ROWS, TOKENS // 32, 2, 4, 4]), 4), 2), 1)
+    return gl.convert_layout(sums, like.type.layout, assert_trivial=True).to(gl.float32)
+
+
+@gluon.jit
+def _scale(acc, old, WIDTH: gl.constexpr):  # noqa: N803 - constants of kernels are upper case
+    acc4 = acc.reshape([ROWS, WIDTH // 8, 4, 2])
+    factor = _beside(old, acc4)
+    if WIDTH == 128:
+        scaled = gl.inline_asm_elementwise(_SCALE_128, _REGISTERS_128, [acc4, factor], gl.float32, True, 64)
+    else:
+        scaled = gl.inline_asm_elementwise(_SCALE_64, _REGISTERS_64, [acc4, factor], gl.float32, True, 32)
+    return gl.convert_layout(scaled.reshape([ROWS, WIDTH]), acc.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _add(acc, product, weight, WIDTH: gl.constexpr):  # noqa: N803
+    product4 = product.reshape([ROWS, WIDTH // 8, 4, 2])
+    added = gl.fma(product4.to(gl.float32), _beside(weight, product4), acc.reshape([ROWS, WIDTH // 8, 4, 2]))
+    return gl.convert_layout(added.reshape([ROWS, WIDTH]), acc.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _load(k_desc, v_desc, barriers, buffers, k_row, v_row, start_k, tiles):
+    """The producer: one warp."""
+    k_full, k_empty, v_full, v_empty = barriers
+    k_buffer, v_buffer = buffers
+    for i in range(tiles):
+        stage = i % STAGES
+        phase = (i // STAGES) & 1
+        mbarrier.wait(k_empty.index(stage), phase ^ 1)
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            k_desc, [k_row + start_k + i * TOKENS, 0], k_full.index(stage), k_buffer.index(stage)
+        )
+        mbarrier.wait(v_empty.index(stage), phase ^ 1)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            v_desc, [v_row, start_k + i * TOKENS], v_full.index(stage), v_buffer.index(stage)
+        )
+
+
+@gluon.jit
+def _step(
+    i, p, acc, total, base, old, weight, v_scale, zero_s, zero_o, q_scale, q_shared, barriers, buffers,
+    k_scale_ptr, v_scale_ptr, limit,
+    WIDTH: gl.constexpr, EARLY: gl.constexpr, MASKED: gl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """P V of tile i, scores and softmax of tile i + 1."""
+    k_full, k_empty, v_full, v_empty = barriers
+    k_buffer, v_buffer = buffers
+    s_layout: gl.constexpr = zero_s.type.layout
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=zero_o.type.layout, k_width=4)
+    stage = i % STAGES
+    phase = (i // STAGES) & 1
+    next_stage = (i + 1) % STAGES
+    next_phase = ((i + 1) // STAGES) & 1
+    k_scale = gl.load(k_scale_ptr + i + 1)
+    next_v_scale = gl.load(v_scale_ptr + i + 1)
+    if EARLY:
+        mbarrier.wait(k_full.index(next_stage), next_phase)
+        k = k_buffer.index(next_stage).permute((1, 0))
+        next_s = warpgroup_mma(q_shared, k, zero_s, use_acc=False, is_async=True)
+    codes = _integers(p)
+    if not EARLY:
+        mbarrier.wait(k_full.index(next_stage), next_phase)
+    mbarrier.wait(v_full.index(stage), phase)
+    if not EARLY:
+        k = k_buffer.index(next_stage).permute((1, 0))
+        next_s = warpgroup_mma(q_shared, k, zero_s, use_acc=False, is_async=True)
+    product = warpgroup_mma(codes, v_buffer.index(stage).permute((1, 0)), zero_o, use_acc=False, is_async=True)
+    total = gl.fma(_row_sums(codes, base), weight, total)
+    # The next scores are complete; P V of this tile runs under the softmax of the next one.
+    s = warpgroup_mma_wait(1, deps=[next_s])
+    mbarrier.arrive(k_empty.index(next_stage), count=1)
+    if MASKED:
+        s = _hide(s, limit, (i + 1) * TOKENS, s_layout)
+    p, base, old, next_weight = _softmax(s, q_scale * k_scale, base, operand)
+    if MASKED:
+        p = _zero(p, limit, (i + 1) * TOKENS, operand)
+    product = warpgroup_mma_wait(0, deps=[product])
+    mbarrier.arrive(v_empty.index(stage), count=1)
+    acc = _scale(_add(acc, product, weight * v_scale, WIDTH), old, WIDTH)
+    return p, acc, total * old, base, old, next_weight, next_v_scale
+
+
+@gluon.jit
+def _compute(
+    q_shared, q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr,
+    out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, limit, clear, tiles,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, EARLY: gl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """A consumer: 64 rows. limit: (a, b, c), row r sees the tokens below min(a + r b, c). clear: tiles without mask.
+
+    EARLY: issue Q K of the next tile before P is packed; better or worse by what the compiler makes of it.
+    """
+    k_full, k_empty, v_full, v_empty = barriers
+    k_buffer, v_buffer = buffers
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32])
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=4)
+    zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=s_layout)
+    zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=o_layout)
+    row_layout: gl.constexpr = gl.max(gl.max(zero_s.reshape([ROWS, TOKENS // 8, 4, 2]), 3), 1).type.layout
+    q_scale = gl.load(q_scale_ptr) + gl.zeros([ROWS, 4], gl.float32, layout=row_layout)
+    base = gl.full([ROWS, 4], -1e30, gl.float32, layout=row_layout)
+    total = gl.zeros([ROWS, 4], gl.float32, layout=row_layout)
+    acc = gl.zeros([ROWS, WIDTH], gl.float32, layout=o_layout)
+    mbarrier.wait(q_barrier, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    s = warpgroup_mma(q_shared, k_buffer.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(0), count=1)
+    if clear == 0:
+        s = _hide(s, limit, 0, s_layout)
+    v_scale = gl.load(v_scale_ptr)
+    p, base, old, weight = _softmax(s, q_scale * gl.load(k_scale_ptr), base, operand)
+    if clear == 0:
+        p = _zero(p, limit, 0, operand)
+    # Exponentials, not integers, are carried over the edge of a loop: int8 values would be split into bytes there.
+    middle = gl.maximum(gl.minimum(clear, tiles) - 1, 0)
+    for i in range(0, middle):
+        p, acc, total, base, old, weight, v_scale = _step(
+            i, p, acc, total, base, old, weight, v_scale, zero_s, zero_o, q_scale, q_shared, barriers, buffers,
+            k_scale_ptr, v_scale_ptr, limit, WIDTH, EARLY, False,
+        )  # fmt: skip
+    for i in range(middle, tiles - 1):
+        p, acc, total, base, old, weight, v_scale = _step(
+            i, p, acc, total, base, old, weight, v_scale, zero_s, zero_o, q_scale, q_shared, barriers, buffers,
+            k_scale_ptr, v_scale_ptr, limit, WIDTH, False, True,
+        )  # fmt: skip
+    last = tiles - 1
+    codes = _integers(p)
+    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    v = v_buffer.index(last % STAGES).permute((1, 0))
+    product = warpgroup_mma(codes, v, zero_o, use_acc=False, is_async=True)
+    total = gl.fma(_row_sums(codes, base), weight, total)
+    product = warpgroup_mma_wait(0, deps=[product])
+    acc = _add(acc, product, weight * v_scale, WIDTH)
+
+    # Four threads hold parts of a row's sum and the same base.
+    total = gl.sum(total, 1)
+    base = gl.max(base, 1)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
+    blind = total == 0.0
+    total = gl.where(blind, 1.0, total)
+    lse = _LN2 * (base + gl.log2(total) - _LOG2_LEVELS) + gl.load(shift_ptr + row)
+    gl.store(lse_ptr + row, gl.where(blind, -float("inf"), lse), mask=row < rows_left)
+    inverse = gl.convert_layout(gl.where(blind, 0.0, 1.0 / total), gl.SliceLayout(1, o_layout))
+    out = acc * gl.expand_dims(inverse, 1)
+    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout)), 1)
+    channel = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, o_layout)), 0)
+    to = out_ptr + row.to(gl.int64) * out_stride_t + channel * out_stride_d
+    gl.store(to, out.to(out_ptr.dtype.element_ty), mask=(row < rows_left) & (channel < HEAD_DIM))
+
+
+@gluon.jit
+def _locate(cu_ptr, number, longest, PACKED: gl.constexpr):  # noqa: N803
+    """First token, length and padded start of a sequence (`Sequences`)."""
+    if PACKED:
+        first = gl.load(cu_ptr + number)
+        length = gl.load(cu_ptr + number + 1) - first
+        start = (first // 128 + number) * 128
+    else:
+        first = number * 0
+        length = longest
+        start = number * (gl.cdiv(longest, 128) * 128)
+    return first, length, start
+
+
+@gluon.jit(do_not_specialize=["longest_q", "longest_k"])
+def attention_kernel(
+    q_desc, k_desc, v_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
+    longest_q, longest_k, padded_q, padded_k, heads, ratio,
+    out_stride_b, out_stride_h, out_stride_t, out_stride_d, lse_stride_b, lse_stride_h,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,  # noqa: N803
+    EARLY: gl.constexpr, REGISTERS: gl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """128 query rows of one head. Grid (batch * heads, blocks of rows), the longest causal rows first."""
+    number = gl.program_id(0) // heads
+    head = gl.program_id(0) % heads
+    kv_head = head // ratio
+    block = gl.program_id(1)
+    if CAUSAL:
+        block = gl.num_programs(1) - 1 - block
+    first_q, length_q, start_q = _locate(cu_q_ptr, number, longest_q, PACKED)
+    _, length, start_k = _locate(cu_k_ptr, number, longest_k, PACKED)
+    first_row = block * (2 * ROWS)
+    # A block behind the end of a packed sequence computes one tile and stores nothing.
+    rows_left = length_q - first_row
+    position = first_row + length - length_q
+    end = length
+    if CAUSAL:
+        end = gl.minimum(position + 2 * ROWS, length)
+    tiles = gl.where(rows_left > 0, gl.maximum(gl.cdiv(end, TOKENS), 1), 1)
+    if CAUSAL:
+        clear = gl.maximum(gl.minimum(position + 1, length), 0) // TOKENS
+        clear_1 = gl.maximum(gl.minimum(position + ROWS + 1, length), 0) // TOKENS
+        limit = (position + 1, 1, length)
+        limit_1 = (position + ROWS + 1, 1, length)
+    else:
+        clear = length // TOKENS
+        clear_1 = clear
+        limit = (length, 0, length)
+        limit_1 = (length, 0, length)
+
+    q_shared = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
+    k_buffer = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_buffer = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_barrier, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    padded_row = head * padded_q + start_q + first_row
+    mbarrier.expect(q_barrier, 2 * q_desc.block_type.nbytes)
+    for i in gl.static_range(2):
+        tma.async_copy_global_to_shared(q_desc, [padded_row + i * ROWS, 0], q_barrier, q_shared.index(i))
+    barriers = (k_full, k_empty, v_full, v_empty)
+    buffers = (k_buffer, v_buffer)
+    q_scale_ptr += padded_row // ROWS
+    k_scale_ptr += (kv_head * padded_k + start_k) // TOKENS
+    v_scale_ptr += (kv_head * padded_k + start_k) // TOKENS
+    shift_ptr += padded_row
+    row = (first_q + first_row).to(gl.int64)
+    out_ptr += head.to(gl.int64) * out_stride_h + row * out_stride_t
+    lse_ptr += head.to(gl.int64) * lse_stride_h + row
+    if not PACKED:
+        out_ptr += number.to(gl.int64) * out_stride_b
+        lse_ptr += number.to(gl.int64) * lse_stride_b
+    gl.warp_specialize(
+        [
+            (_compute, (q_shared.index(0), q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr,
+                        out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, limit, clear, tiles,
+                        HEAD_DIM, WIDTH, EARLY)),
+            (_compute, (q_shared.index(1), q_barrier, barriers, buffers, q_scale_ptr + 1, k_scale_ptr, v_scale_ptr,
+                        shift_ptr + ROWS, out_ptr + out_stride_t * ROWS, lse_ptr + ROWS, out_stride_t, out_stride_d,
+                        rows_left - ROWS, limit_1, clear_1, tiles, HEAD_DIM, WIDTH, EARLY)),
+            (_load, (k_desc, v_desc, barriers, buffers, kv_head * padded_k, kv_head * WIDTH, start_k, tiles)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
+
+
+def shared_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    """Layout of an int8 tile in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.int8)
+
+
+def attention(chunk: Int8Chunk, out: Tensor, lse: Tensor, *, causal: bool) -> None:
+    """Attention over the operands, written into ``out`` (like q, any strides) and ``lse``; see `int8.int8_attention`.
+
+    The width of the operands must be 64 or 128 (head_dim up to 128).
+    """
+    sequences = chunk.sequences
+    packed = sequences.is_packed
+    heads, _, width = chunk.q.shape
+
+    def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [rows, columns], shared_layout(rows, columns))
+
+    grid = (sequences.batch * heads, -(-sequences.max_q // (2 * 64)))
+    strides = (0, out.stride(1), out.stride(0), out.stride(2)) if packed else out.stride()
+    attention_kernel[grid](
+        describe(chunk.q, 64, width), describe(chunk.k, BLOCK, width), describe(chunk.v, width, BLOCK),
+        chunk.q_scale, chunk.k_scale, chunk.v_scale, chunk.shift, out, lse, sequences.cu_q, sequences.cu_k,
+        sequences.max_q, sequences.max_k, sequences.padded_q, sequences.padded_k, heads, heads // chunk.k.shape[0],
+        *strides, 0 if packed else lse.stride(0), lse.stride(-2),
+        HEAD_DIM=chunk.head_dim, WIDTH=width, CAUSAL=causal, PACKED=packed, EARLY=causal, REGISTERS=240,
+        num_warps=4, maxnreg=168,
+    )  # fmt: skip
