@@ -118,7 +118,7 @@ def special(kind: str, dim: int) -> Tensor:
         "denormal",
     ],
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ("int8", "turbo4", "turbo2"))
 def test_special_values(name: str, kind: str):
     x = special(kind, 64)
     assert_same(layout_of(name, 64), x, x)

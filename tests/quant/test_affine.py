@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from turboattention.quant.affine import dequantize, encode, quantize, ungroup
+from turboattention.quant.affine import SEARCH_SHARES, dequantize, divided, encode, quantize, search_range, ungroup
 from turboattention.quant.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerToken
 
 BITS = (8, 4, 3, 2)
@@ -115,3 +115,50 @@ def test_other_dtypes_are_computed_in_float32(dtype: torch.dtype):
     x = torch.randn(8, 16).to(dtype)
     for a, b in zip(quantize(x, 4, PerChannel()), quantize(x.float(), 4, PerChannel()), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_search_against_a_loop(bits: int):
+    """Squared errors in units of (half range / 4096) ** 2, cut to integers, added; the first least one wins."""
+    x = torch.randn(48, 6) ** 3
+    low, high = x.amin(0, keepdim=True), x.amax(0, keepdim=True)
+    got_low, got_high = search_range(x, low, high, (-2,), bits)
+    top = 2**bits - 1
+    for c in range(6):
+        middle, half = (low[0, c] + high[0, c]) * 0.5, (high[0, c] - low[0, c]) * 0.5
+        relative = (x[:, c] - middle) * (1 / half)
+        errors = []
+        for share in SEARCH_SHARES:
+            total = 0
+            for r in relative:
+                position = r * (top / (2 * share)) + top / 2
+                nearest = min(max(round(position.item()), 0), top)
+                total += int(((position - nearest) * (2 * share / top * 4096)).square().item())
+            errors.append(total)
+        share = SEARCH_SHARES[errors.index(min(errors))]
+        assert got_low[0, c] == middle - share * half
+        assert got_high[0, c] == middle + share * half
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_search_does_not_depend_on_the_order_of_values(bits: int):
+    x = torch.randn(128, 32) ** 3
+    low, high = x.amin(0, keepdim=True), x.amax(0, keepdim=True)
+    first = search_range(x, low, high, (-2,), bits)
+    for _ in range(5):
+        again = search_range(x[torch.randperm(128)], low, high, (-2,), bits)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+def test_search_shares_are_float32_numbers():
+    """As Python numbers they would be rounded differently in a kernel, which knows float32 alone."""
+    assert [float(torch.tensor(share, dtype=torch.float32)) for share in SEARCH_SHARES] == list(SEARCH_SHARES)
+    for share, twentieths in zip(SEARCH_SHARES, range(20, 11, -1), strict=True):
+        assert share == pytest.approx(twentieths / 20, rel=1e-6)
+
+
+@pytest.mark.parametrize("number", (3, 7, 127, 255))
+def test_division_rounds_once(number: int):
+    x = torch.randn(1000)
+    assert torch.equal(divided(x, number), (x.double() / number).float())

@@ -27,6 +27,33 @@ def test_four_by_hand():
 
 
 @pytest.mark.parametrize("dim", DIMS)
+def test_product_with_the_matrix(dim: int):
+    x = torch.randn(3, 5, dim, dtype=torch.float64)
+    torch.testing.assert_close(rotate(x), x @ hadamard(dim, torch.float64), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(rotate(x.float()), (x @ hadamard(dim, torch.float64)).float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_order_of_the_additions(dim: int):
+    """Neighbours first, each sum rounded, one product at the end: kernels reproduce it bit for bit."""
+    x = torch.randn(dim) * torch.logspace(-6, 6, dim)
+    values, block, size = list(x), dim & -dim, 1
+    while size < block:
+        values = [
+            values[c - size] - values[c] if c & size else values[c] + values[c + size] for c in range(dim)
+        ]  # fmt: skip
+        size *= 2
+    assert torch.equal(rotate(x), torch.stack(values) * block**-0.5)
+
+
+def test_input_is_kept():
+    x = torch.randn(4, 64)
+    before = x.clone()
+    rotate(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dim", DIMS)
 def test_products_and_values_survive(dim: int):
     q, k = torch.randn(5, dim), torch.randn(7, dim)
     torch.testing.assert_close(rotate(q) @ rotate(k).T, q @ k.T, atol=1e-4, rtol=1e-5)
