@@ -21,6 +21,8 @@ TOKENS = gl.constexpr(BLOCK)  # of a tile: those that share the scales of K and 
 STAGES = gl.constexpr(2)
 WIDTHS = (64, 128)
 _LOG2_LEVELS = gl.constexpr(math.log2(LEVELS))
+_HUGE = gl.constexpr(1e19)  # times 2^31 still far above the first base of a row
+_FIRST_BASE = gl.constexpr(-1e30)
 _LN2 = gl.constexpr(math.log(2))
 
 _EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
@@ -84,23 +86,45 @@ def _beside(row, tile):
     return gl.expand_dims(gl.expand_dims(gl.convert_layout(row, layout, assert_trivial=True), 1), 3)
 
 
+@gluon.constexpr_function
+def _scores_layout():
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
+
+
+@gluon.constexpr_function
+def _output_layout(width):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width, 32])
+
+
 @gluon.jit
-def _hide(s, limit, first, layout: gl.constexpr):
-    """Scores of tokens from ``limit`` on far below all others; ``first`` is the tile's first token."""
+def _factor(q_scale, k_scale, row_layout: gl.constexpr):
+    """float32 ``[ROWS, 4]``: from integers to scores. The floor keeps `_hide` sure; below it scores differ by < 0.03."""
+    return gl.zeros([ROWS, 4], gl.float32, layout=row_layout) + gl.maximum(q_scale * k_scale, 2.0**-26)
+
+
+@gluon.jit
+def _limit(limit, length, layout: gl.constexpr, CAUSAL: gl.constexpr):  # noqa: N803
+    """int32 ``[ROWS]``: the tokens that each row sees are those below it; ``limit`` is that of the first row."""
+    row = gl.arange(0, ROWS, layout=layout)
+    if CAUSAL:
+        return gl.minimum(limit + row, length)
+    else:
+        return length + row * 0
+
+
+@gluon.jit
+def _hide(s, factor, limit, length, first, row_layout: gl.constexpr, CAUSAL: gl.constexpr):  # noqa: N803
+    """Scores of tokens that a row doesn't see as low as they get; ``first`` is the tile's first token.
+
+    A factor of at least 2^-26 (`_factor`) then rounds their weights to 0. A row that sees nothing in the tile gets a
+    huge factor, and so a reference far below every other: masking probabilities too would cost registers.
+    """
+    layout: gl.constexpr = s.type.layout
+    seen = gl.expand_dims(_limit(limit, length, gl.SliceLayout(1, layout), CAUSAL), 1)
     token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    seen = gl.expand_dims(token, 0) < gl.expand_dims(gl.minimum(limit[0] + row * limit[1], limit[2]), 1)
-    return gl.where(seen, s, -(1 << 30))
-
-
-@gluon.jit
-def _zero(p, limit, first, layout: gl.constexpr):
-    """The same for probabilities, whose tokens are in the stored order: exactly 0, however small the factor is."""
-    u = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
-    token = first + (u & ~14) + ((u >> 1) & 1) * 8 + ((u >> 2) & 3) * 2
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    seen = gl.expand_dims(token, 0) < gl.expand_dims(gl.minimum(limit[0] + row * limit[1], limit[2]), 1)
-    return gl.where(seen, p, 0.0)
+    s = gl.where(gl.expand_dims(token, 0) < seen, s, -2147483647)
+    some = _limit(limit, length, gl.SliceLayout(1, row_layout), CAUSAL) > first
+    return s, gl.where(gl.expand_dims(some, 1), factor, _HUGE)
 
 
 @gluon.jit
@@ -170,15 +194,17 @@ def _load(k_desc, v_desc, barriers, buffers, k_row, v_row, start_k, tiles):
 
 @gluon.jit
 def _step(
-    i, p, acc, total, base, old, weight, v_scale, zero_s, zero_o, q_scale, q_shared, barriers, buffers,
-    k_scale_ptr, v_scale_ptr, limit,
-    WIDTH: gl.constexpr, EARLY: gl.constexpr, MASKED: gl.constexpr,  # noqa: N803
+    i, p, acc, total, base, weight, v_scale, q_scale, q_shared, barriers, buffers, k_scale_ptr, v_scale_ptr,
+    limit, length,
+    WIDTH: gl.constexpr, EARLY: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """P V of tile i, scores and softmax of tile i + 1."""
     k_full, k_empty, v_full, v_empty = barriers
     k_buffer, v_buffer = buffers
-    s_layout: gl.constexpr = zero_s.type.layout
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=zero_o.type.layout, k_width=4)
+    zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=_scores_layout())
+    zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=_output_layout(WIDTH))
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_output_layout(WIDTH), k_width=4)
+    row_layout: gl.constexpr = base.type.layout
     stage = i % STAGES
     phase = (i // STAGES) & 1
     next_stage = (i + 1) % STAGES
@@ -201,37 +227,36 @@ def _step(
     # The next scores are complete; P V of this tile runs under the softmax of the next one.
     s = warpgroup_mma_wait(1, deps=[next_s])
     mbarrier.arrive(k_empty.index(next_stage), count=1)
+    factor = _factor(q_scale, k_scale, row_layout)
     if MASKED:
-        s = _hide(s, limit, (i + 1) * TOKENS, s_layout)
-    p, base, old, next_weight = _softmax(s, q_scale * k_scale, base, operand)
-    if MASKED:
-        p = _zero(p, limit, (i + 1) * TOKENS, operand)
+        s, factor = _hide(s, factor, limit, length, (i + 1) * TOKENS, row_layout, CAUSAL)
+    p, base, old, next_weight = _softmax(s, factor, base, operand)
     product = warpgroup_mma_wait(0, deps=[product])
     mbarrier.arrive(v_empty.index(stage), count=1)
     acc = _scale(_add(acc, product, weight * v_scale, WIDTH), old, WIDTH)
-    return p, acc, total * old, base, old, next_weight, next_v_scale
+    return p, acc, total * old, base, next_weight, next_v_scale
 
 
 @gluon.jit
 def _compute(
     q_shared, q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr,
-    out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, limit, clear, tiles,
-    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, EARLY: gl.constexpr,  # noqa: N803
+    out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, limit, length, clear, tiles,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """A consumer: 64 rows. limit: (a, b, c), row r sees the tokens below min(a + r b, c). clear: tiles without mask.
+    """A consumer: 64 rows. limit: tokens that the first row sees (one more for each row after it). clear: tiles without mask.
 
     EARLY: issue Q K of the next tile before P is packed; better or worse by what the compiler makes of it.
     """
     k_full, k_empty, v_full, v_empty = barriers
     k_buffer, v_buffer = buffers
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 32])
+    s_layout: gl.constexpr = _scores_layout()
+    o_layout: gl.constexpr = _output_layout(WIDTH)
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=4)
     zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=s_layout)
     zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=o_layout)
     row_layout: gl.constexpr = gl.max(gl.max(zero_s.reshape([ROWS, TOKENS // 8, 4, 2]), 3), 1).type.layout
-    q_scale = gl.load(q_scale_ptr) + gl.zeros([ROWS, 4], gl.float32, layout=row_layout)
-    base = gl.full([ROWS, 4], -1e30, gl.float32, layout=row_layout)
+    q_scale = gl.load(q_scale_ptr)
+    base = gl.full([ROWS, 4], _FIRST_BASE, gl.float32, layout=row_layout)
     total = gl.zeros([ROWS, 4], gl.float32, layout=row_layout)
     acc = gl.zeros([ROWS, WIDTH], gl.float32, layout=o_layout)
     mbarrier.wait(q_barrier, 0)
@@ -239,23 +264,22 @@ def _compute(
     s = warpgroup_mma(q_shared, k_buffer.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0), count=1)
+    factor = _factor(q_scale, gl.load(k_scale_ptr), row_layout)
     if clear == 0:
-        s = _hide(s, limit, 0, s_layout)
+        s, factor = _hide(s, factor, limit, length, 0, row_layout, CAUSAL)
     v_scale = gl.load(v_scale_ptr)
-    p, base, old, weight = _softmax(s, q_scale * gl.load(k_scale_ptr), base, operand)
-    if clear == 0:
-        p = _zero(p, limit, 0, operand)
+    p, base, _, weight = _softmax(s, factor, base, operand)
     # Exponentials, not integers, are carried over the edge of a loop: int8 values would be split into bytes there.
     middle = gl.maximum(gl.minimum(clear, tiles) - 1, 0)
     for i in range(0, middle):
-        p, acc, total, base, old, weight, v_scale = _step(
-            i, p, acc, total, base, old, weight, v_scale, zero_s, zero_o, q_scale, q_shared, barriers, buffers,
-            k_scale_ptr, v_scale_ptr, limit, WIDTH, EARLY, False,
+        p, acc, total, base, weight, v_scale = _step(
+            i, p, acc, total, base, weight, v_scale, q_scale, q_shared, barriers, buffers, k_scale_ptr, v_scale_ptr,
+            limit, length, WIDTH, EARLY, False, CAUSAL,
         )  # fmt: skip
     for i in range(middle, tiles - 1):
-        p, acc, total, base, old, weight, v_scale = _step(
-            i, p, acc, total, base, old, weight, v_scale, zero_s, zero_o, q_scale, q_shared, barriers, buffers,
-            k_scale_ptr, v_scale_ptr, limit, WIDTH, False, True,
+        p, acc, total, base, weight, v_scale = _step(
+            i, p, acc, total, base, weight, v_scale, q_scale, q_shared, barriers, buffers, k_scale_ptr, v_scale_ptr,
+            limit, length, WIDTH, False, True, CAUSAL,
         )  # fmt: skip
     last = tiles - 1
     codes = _integers(p)
@@ -270,8 +294,7 @@ def _compute(
     total = gl.sum(total, 1)
     base = gl.max(base, 1)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
-    blind = total == 0.0
-    total = gl.where(blind, 1.0, total)
+    blind = base < 0.01 * _FIRST_BASE
     lse = _LN2 * (base + gl.log2(total) - _LOG2_LEVELS) + gl.load(shift_ptr + row)
     gl.store(lse_ptr + row, gl.where(blind, -float("inf"), lse), mask=row < rows_left)
     inverse = gl.convert_layout(gl.where(blind, 0.0, 1.0 / total), gl.SliceLayout(1, o_layout))
@@ -321,16 +344,11 @@ def attention_kernel(
     if CAUSAL:
         end = gl.minimum(position + 2 * ROWS, length)
     tiles = gl.where(rows_left > 0, gl.maximum(gl.cdiv(end, TOKENS), 1), 1)
+    clear = length // TOKENS
+    clear_1 = clear
     if CAUSAL:
         clear = gl.maximum(gl.minimum(position + 1, length), 0) // TOKENS
         clear_1 = gl.maximum(gl.minimum(position + ROWS + 1, length), 0) // TOKENS
-        limit = (position + 1, 1, length)
-        limit_1 = (position + ROWS + 1, 1, length)
-    else:
-        clear = length // TOKENS
-        clear_1 = clear
-        limit = (length, 0, length)
-        limit_1 = (length, 0, length)
 
     q_shared = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
     k_buffer = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
@@ -365,11 +383,11 @@ def attention_kernel(
     gl.warp_specialize(
         [
             (_compute, (q_shared.index(0), q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr,
-                        out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, limit, clear, tiles,
-                        HEAD_DIM, WIDTH, EARLY)),
+                        out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, position + 1, length, clear, tiles,
+                        HEAD_DIM, WIDTH, EARLY, CAUSAL)),
             (_compute, (q_shared.index(1), q_barrier, barriers, buffers, q_scale_ptr + 1, k_scale_ptr, v_scale_ptr,
                         shift_ptr + ROWS, out_ptr + out_stride_t * ROWS, lse_ptr + ROWS, out_stride_t, out_stride_d,
-                        rows_left - ROWS, limit_1, clear_1, tiles, HEAD_DIM, WIDTH, EARLY)),
+                        rows_left - ROWS, position + ROWS + 1, length, clear_1, tiles, HEAD_DIM, WIDTH, EARLY, CAUSAL)),
             (_load, (k_desc, v_desc, barriers, buffers, kv_head * padded_k, kv_head * WIDTH, start_k, tiles)),
         ],
         [4, 1],
