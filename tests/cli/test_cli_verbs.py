@@ -54,7 +54,7 @@ def check_schema(data: dict[str, Any], presets: list[str]) -> None:
         assert candidate["delta_nll"] == pytest.approx(ratio, abs=1e-4)
 
 
-@pytest.mark.parametrize("verb", ["compare", "generate", "doctor"])
+@pytest.mark.parametrize("verb", ["compare", "generate", "doctor", "bench"])
 def test_help_shows_three_real_commands(verb: str) -> None:
     shown = CliRunner().invoke(app, [verb, "--help"])
     assert shown.exit_code == 0
@@ -99,6 +99,35 @@ def test_doctor_fails_loudly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_doctor_judges_transformers(monkeypatch: pytest.MonkeyPatch, version: str, words: str) -> None:
     monkeypatch.setattr(doctor, "_version", lambda _: version)
     assert words in doctor._transformers()
+
+
+def test_doctor_shows_reasons(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    chosen = {"decode": ("triton", "fits sm_80"), "append": ("reference", "sm_75 is older than sm_80")}
+    monkeypatch.setattr(doctor, "implementations", lambda: chosen)
+    assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
+    rows = json.loads((tmp_path / "doctor.json").read_text())["operators"]
+    assert {row["name"]: (row["implementation"], row["reason"]) for row in rows} == chosen
+    assert "sm_75 is older than sm_80" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "version", "words"),
+    [
+        ("none", (0, 0), "3.6.0", "PyTorch saw none"),
+        ("T4", (7, 5), "3.6.0", "8.0 (Ampere)"),
+        ("A100", (8, 0), "not installed", "turboattention[triton]"),
+        ("H100", (9, 0), "3.6.0", "at their first use"),
+    ],
+)
+def test_doctor_judges_triton(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, capability: tuple[int, int], version: str, words: str
+) -> None:
+    monkeypatch.setattr(doctor, "_gpu", lambda: gpu)
+    monkeypatch.setattr(doctor, "_version", lambda _: version)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert words in doctor._triton()
 
 
 def test_generate(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Path) -> None:

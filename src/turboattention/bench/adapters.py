@@ -62,11 +62,12 @@ def int8_values(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     scale = q.shape[-1] ** -0.5
     chunk = quantise_chunk(q, k, v, scale)
+    stored_v = restore_tokens(chunk.v).mT
     found = []
     for codes, scales in (
         (chunk.q, chunk.q_scale),
         (chunk.k, chunk.k_scale),
-        (restore_tokens(chunk.v).mT, chunk.v_scale),
+        (stored_v, chunk.v_scale),
     ):
         block = codes.shape[1] // scales.shape[1]
         values = codes.double() * scales.double().repeat_interleave(block, 1)[..., None]

@@ -53,9 +53,9 @@ def measure_append(
             decode = measure_decode(replace(case, op="decode"), machine, device, repeats=repeats)[0]
             if decode.failure:
                 return [failed(row, f"decode: {decode.failure}")]
-            base = Timing(
-                *(ms or 0.0 for ms in (decode.candidate_ms, decode.candidate_p10_ms, decode.candidate_p90_ms))
-            )
+            times = (decode.candidate_ms, decode.candidate_p10_ms, decode.candidate_p90_ms)
+            ms, p10, p90 = (x or 0.0 for x in times)
+            base = Timing(ms, p10, p90)
             return [with_speed(row, "decode step", base, timing)]
         base = _for_each(measure([_all(_copies(case, key, value))], device, repeats), count)
         return [with_speed(row, COPY, base, timing)]

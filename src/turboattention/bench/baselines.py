@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -55,6 +56,7 @@ def decode_baselines(device: torch.device) -> list[DecodeBaseline]:
         return [
             DecodeBaseline("SDPA bfloat16", _sdpa_decode(None, False)),
             DecodeBaseline("SDPA float32", _sdpa_decode(None, False, torch.float32), exact=True),
+            DecodeBaseline("SDPA bfloat16, one sequence after the other", _sdpa_in_turn),
         ]
     found = []
     for name, backend in BACKENDS.items():
@@ -65,7 +67,7 @@ def decode_baselines(device: torch.device) -> list[DecodeBaseline]:
         from turboattention.bench.sixteen_bit import TILES, SplitDecode
 
         for tiles in TILES:
-            found.append(DecodeBaseline(f"Triton 16-bit ({tiles.name})", lambda cache, t=tiles: SplitDecode(cache, t)))
+            found.append(DecodeBaseline(f"Triton 16-bit ({tiles.name})", partial(SplitDecode, tiles=tiles)))
     from turboattention.bench.flashinfer import decode_with
 
     for size in (16, 64):
@@ -107,6 +109,20 @@ def _sdpa_decode(
         return attend
 
     return prepare
+
+
+def _sdpa_in_turn(cache: Cache16) -> Attend:
+    """For unequal lengths; without a launch to pay for, a CPU loses little by it."""
+    sequences = cache.sequences()
+
+    def attend(q: Tensor) -> Tensor:
+        outs = [
+            scaled_dot_product_attention(row[None], key[None], value[None], enable_gqa=row.shape[0] != cache.kv_heads)
+            for row, (key, value) in zip(q, sequences, strict=True)
+        ]
+        return torch.cat(outs)
+
+    return attend
 
 
 def _sdpa_prefill(backend: SDPBackend | None, *, repeat: bool, dtype: torch.dtype | None = None) -> Chunk:

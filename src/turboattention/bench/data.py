@@ -75,6 +75,7 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 
 def generator_on(device: torch.device, seed: int = 0) -> torch.Generator:
+    """A source of random numbers on ``device``."""
     return torch.Generator(device=device).manual_seed(seed)
 
 
@@ -128,7 +129,8 @@ def check_form(case: Case) -> None:
 def query_power(base: Sequence16) -> Tensor:
     """Squared queries of each KV head and channel, ``[kv_heads, head_dim]``: they choose the refined channels."""
     grouped = base.peaked.float().squeeze(2).unflatten(1, (base.key.shape[0], -1))
-    return grouped.square().sum((0, 2))
+    power: Tensor = grouped.square().sum((0, 2))
+    return power
 
 
 def make_paged(case: Case, base: Sequence16) -> PagedKV:

@@ -66,8 +66,7 @@ def measure_decode(
     limit = 2 * max(m.error or 0.0 for m in passed if not m.exact and (m is best or best.exact))
     row = replace(row, compared=listing(found), error_limit=limit)
     rows = [_candidate(row, case, base, device, repeats, against, best)]
-    for peer, m in ((peer, m) for peer in peers for m in found if m.name == peer.name):
-        rows.append(_peer_row(row, m, best))
+    rows += [_peer_row(row, m, best) for m in found if m not in own]
     return rows
 
 

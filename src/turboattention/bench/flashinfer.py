@@ -1,4 +1,4 @@
-"""FlashInfer as a 16-bit baseline, where it is installed; it compiles its kernels with nvcc when they are first used."""
+"""FlashInfer as a 16-bit baseline, where it is installed; it compiles its kernels with nvcc at their first use."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ WORKSPACE = 128 << 20  # bytes, as its documentation advises
 def _library() -> Any:
     if find_spec("flashinfer") is None:
         raise UnsupportedError("flashinfer is not installed")
-    import flashinfer
+    import flashinfer  # type: ignore[import-not-found,unused-ignore] # optional
 
     return flashinfer
 

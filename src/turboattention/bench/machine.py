@@ -26,7 +26,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def triton_version() -> str | None:
     """The version of Triton; None without it."""
     try:
-        import triton
+        import triton  # type: ignore[import-untyped,unused-ignore] # has no types, and may be missing
     except ImportError:
         return None
     return str(triton.__version__)

@@ -38,11 +38,9 @@ def measure_prefill(
     row = new_row(case, machine, adapters.implementation_of("prefill", case.implementation))
     peaked, flat = (inputs(case, device, sharp) for sharp in (1.0, 0.0))
     nbytes = sum(x.numel() * x.element_size() for x in peaked)
-    buffers = [
-        peaked,
-        *((q.clone(), k.clone(), v.clone()) for q, k, v in [peaked] * (buffers_needed(nbytes, device) - 1)),
-    ]
-    buffers = buffers[:8]  # a chunk computes far longer than it reads
+    copies = min(8, buffers_needed(nbytes, device))  # a chunk computes far longer than it reads
+    buffers = [peaked]
+    buffers += [(q.clone(), k.clone(), v.clone()) for q, k, v in [peaked] * (copies - 1)]
     own = [_measured(b, case, buffers, flat, device, repeats) for b in prefill_baselines(device)]
     others = [_measured(b, case, buffers, flat, device, repeats) for b in peers]
     passed = [m for m in own if m.timing is not None]
@@ -73,16 +71,15 @@ def measure_prefill(
         peer_row = replace(
             row, preset=peer.name, implementation=peer.name, error_rms=None, error_limit=None, error_exact=peer.error
         )
-        rows.append(
-            failed(peer_row, peer.reason)
-            if peer.timing is None
-            else with_speed(peer_row, best.name, best.timing, peer.timing)
-        )
+        if peer.timing is None:
+            rows.append(failed(peer_row, peer.reason))
+        else:
+            rows.append(with_speed(peer_row, best.name, best.timing, peer.timing))
     return rows
 
 
 def inputs(case: Case, device: torch.device, sharp: float) -> Inputs:
-    """q, k, v ``[batch, heads, tokens, head_dim]``; a row of q looks like ``sharp`` times the key of its own position."""
+    """q, k, v ``[batch, heads, tokens, head_dim]``; a row of q is noise and ``sharp`` times the key of its place."""
     random = generator_on(device)
     k, v = (x[None] for x in realistic(case.kv_heads, case.tokens, case.head_dim, random))
     ratio = case.query_heads // case.kv_heads

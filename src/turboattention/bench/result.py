@@ -88,7 +88,8 @@ def new_row(case: Case, machine: dict[str, Any], implementation: str) -> Row:
 
 def failed(row: Row, reason: str) -> Row:
     """``row`` without any speed: a wrong result has none."""
-    return replace(row, failure=" ".join(reason.split()), **dict.fromkeys(_SPEEDS))
+    none: dict[str, Any] = dict.fromkeys(_SPEEDS)
+    return replace(row, failure=" ".join(reason.split()), **none)
 
 
 def append_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -1,14 +1,14 @@
 """One case to its rows, whatever the operator."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
-from turboattention.bench.append import measure_append
+from turboattention.bench.append import AgainstAppend, measure_append
 from turboattention.bench.baselines import DecodeBaseline, PrefillBaseline
 from turboattention.bench.case import Case
-from turboattention.bench.decode import measure_decode
+from turboattention.bench.decode import Against, measure_decode
 from turboattention.bench.prefill import measure_prefill
 from turboattention.bench.result import Row
 from turboattention.errors import invalid
@@ -26,8 +26,10 @@ def measure_case(
     """
     if case.op == "prefill" and against == "16-bit":
         return measure_prefill(case, machine, device, peers=prefill_peers, repeats=repeats)
-    if case.op == "append" and (against == "16-bit" or against == "decode step"):
-        return measure_append(case, machine, device, against=against, repeats=repeats)
-    if case.op == "decode" and (against == "16-bit" or against == "even batch" or against == "contiguous pages"):
-        return measure_decode(case, machine, device, against=against, peers=decode_peers, repeats=repeats)
+    if case.op == "append" and against in get_args(AgainstAppend):
+        return measure_append(case, machine, device, against=cast(AgainstAppend, against), repeats=repeats)
+    if case.op == "decode" and against in get_args(Against):
+        return measure_decode(
+            case, machine, device, against=cast(Against, against), peers=decode_peers, repeats=repeats
+        )
     raise invalid("against", f"a baseline of {case.op}", repr(against))

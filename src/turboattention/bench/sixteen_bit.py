@@ -1,4 +1,7 @@
-"""Decode attention over 16-bit K and V in Triton, split along the sequence: a baseline, tuned like the kernels it meets.
+# The names of compile-time arguments are in upper case, and Triton has no types:
+# ruff: noqa: N803
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
+"""Decode over 16-bit K and V in Triton, split along the sequence: a baseline, tuned like the kernels it meets.
 
 Each program reads a chunk of one sequence and KV head for all query heads of that head; a second kernel merges the
 chunks. With chunks of a fixed number of tokens a ragged batch is as balanced as an even one.
@@ -84,7 +87,7 @@ def merge_kernel(
     partial, lse, out, splits, SIZE: tl.constexpr, DIM: tl.constexpr, PART: tl.constexpr, BATCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """The weighted mean of all chunks for PART of the SIZE = query heads x channels outputs of a (sequence, KV head)."""
+    """The weighted mean of all chunks: PART of the query heads x channels = SIZE outputs of a (sequence, KV head)."""
     pair = tl.program_id(0).to(tl.int64)
     item = tl.program_id(1) * PART + tl.arange(0, PART)
     real = (item < SIZE)[None, :]
@@ -107,7 +110,8 @@ def merge_kernel(
         total = total * rescale + tl.sum(weights, 0)
         result = result * rescale + tl.sum(weights * values, 0)
         maximum = higher
-    tl.store(out + pair * SIZE + item, (result / total).to(out.dtype.element_ty), mask=item < SIZE)
+    result = result / tl.where(total > 0, total, 1.0)  # 0 beyond the last item
+    tl.store(out + pair * SIZE + item, result.to(out.dtype.element_ty), mask=item < SIZE)
 
 
 class SplitDecode:
@@ -120,15 +124,13 @@ class SplitDecode:
         properties = torch.cuda.get_device_properties(device) if cuda else None
         processors = properties.multi_processor_count if properties else 2
         # Hopper and later can start the merge while the chunks still run.
-        self.dependent = (
-            bool(properties) and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-        )
+        self.dependent = properties is not None and torch.version.hip is None and properties.major >= 9
         steps = sum(-(-length // tiles.block) for length in cache.lengths) * cache.kv_heads
         self.chunk = max(1, -(-steps // (processors * tiles.programs))) * tiles.block
         longest = max(cache.lengths)
         self.splits = -(-longest // self.chunk)
         # Chunks of equal size: the last one of an even batch would otherwise be short and the others long.
-        self.chunk = -(-(-(-longest // tiles.block)) // self.splits) * tiles.block
+        self.chunk = triton.cdiv(triton.cdiv(longest, tiles.block), self.splits) * tiles.block
         self.splits = -(-longest // self.chunk)
         starts = [sum(cache.lengths[:i]) for i in range(len(cache.lengths))]
         self.lengths = torch.tensor(cache.lengths, dtype=torch.int32, device=device)

@@ -25,9 +25,7 @@ def bench(
     query_heads: Annotated[int, typer.Option("--query-heads", help="Query heads.")] = 32,
     kv_heads: Annotated[int, typer.Option("--kv-heads", help="KV heads.")] = 8,
     head_dim: Annotated[int, typer.Option("--head-dim", help="Channels of a head.")] = 128,
-    tokens: Annotated[
-        int, typer.Option("--tokens", help="Tokens of each sequence (with --ragged: the longest).")
-    ] = 8192,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of each sequence, or of the longest.")] = 8192,
     batch: Annotated[int, typer.Option("--batch", help="Sequences.")] = 1,
     preset: Annotated[
         str, typer.Option("--preset", metavar="PRESET", help=f"Stored form: {', '.join(forms())}. Prefill has none.")
@@ -39,7 +37,7 @@ def bench(
     ragged: Annotated[bool, typer.Option("--ragged/--even", help="Lengths from 100 tokens up, or all alike.")] = False,
     implementation: Annotated[
         str | None,
-        typer.Option("--implementation", help="reference, triton, gluon ...; default: what fits this machine."),
+        typer.Option("--implementation", help="reference, triton, gluon; default: what fits this machine."),
     ] = None,
     json_path: JsonOption = None,
     device: DeviceOption = "cpu",
@@ -82,9 +80,8 @@ def title(row: Row) -> str:
     """A row in a few words."""
     kind = " ragged" if row.ragged else ""
     causal = "" if row.causal is None else " causal" if row.causal else " not causal"
-    return (
-        f"{row.op} {row.preset} {row.batch}x{row.tokens}{kind}{causal} {row.query_heads}/{row.kv_heads}x{row.head_dim}"
-    )
+    shape = f"{row.batch}x{row.tokens}{kind}{causal} {row.query_heads}/{row.kv_heads}x{row.head_dim}"
+    return f"{row.op} {row.preset} {shape}"
 
 
 def cells(row: Row) -> tuple[str, ...]:

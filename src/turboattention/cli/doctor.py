@@ -19,7 +19,9 @@ from turboattention.report.figures import small
 from turboattention.report.files import write_atomic
 
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 17), (5, 23)
+OLDEST_GPU = (8, 0)
 SELF_TEST_FAILED = 1
+REFERENCE_REASON = "this version has no compiled kernel; same results, slower"
 
 
 def doctor(json_path: JsonOption = None) -> None:
@@ -30,7 +32,7 @@ def doctor(json_path: JsonOption = None) -> None:
     report = {
         "schema": 1,
         "environment": _environment(),
-        "operators": [{"name": n, "implementation": i, "reason": _reason(i)} for n, i in implementations().items()],
+        "operators": [{"name": n, "implementation": i, "reason": why} for n, (i, why) in _operators().items()],
         "self_test": [{**asdict(check), "passed": check.passed} for check in checks],
         "passed": passed,
     }
@@ -46,7 +48,7 @@ def _environment() -> list[dict[str, str]]:
         ("python", platform.python_version(), "3.11 or later is supported"),
         ("torch", str(torch.__version__), f"{torch.get_num_threads()} threads"),
         ("transformers", _version("transformers"), _transformers()),
-        ("triton", _version("triton"), "this version has no Triton kernels"),
+        ("triton", _version("triton"), _triton()),
         ("vllm", _version("vllm"), "this version has no vLLM backend"),
         ("CUDA", _gpu(), "--device cuda runs the model and the PyTorch operators there" if _gpu() != "none" else ""),
     ]
@@ -80,10 +82,23 @@ def _for(package: str) -> str:
     return purpose if _version(package) != "not installed" else f"{purpose}: {INSTALL}"
 
 
-def _reason(implementation: str) -> str:
-    if implementation.startswith("reference"):
-        return "this version has no compiled kernel; same results, slower"
-    return "the kernel made for this device"
+def _triton() -> str:
+    """What Triton is good for here: its kernels are compiled at first use, for the GPU that is there."""
+    if _gpu() == "none":
+        return "kernels need a GPU; PyTorch saw none"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_GPU:
+        return "kernels need compute capability 8.0 (Ampere) or later; this GPU runs the PyTorch operators"
+    if _version("triton") == "not installed":
+        return "the kernels are written in it: pip install 'turboattention[triton]'"
+    return "compiles the kernels at their first use"
+
+
+def _operators() -> dict[str, tuple[str, str]]:
+    """Implementation and reason of each operator."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, chosen in implementations().items():
+        found[name] = (chosen, REFERENCE_REASON) if isinstance(chosen, str) else tuple(chosen)
+    return found
 
 
 def _show(report: dict[str, Any]) -> None:
