@@ -11,12 +11,11 @@ from turboattention.config import CacheConfig, TensorFormat, presets
 from turboattention.errors import InvalidInputError, UnsupportedError
 from turboattention.kvcache.paged import PagedCache
 from turboattention.ops.append import paged, reference
+from turboattention.ops.append import triton as kernel
+from turboattention.ops.append import triton_paged as paged_kernel
 from turboattention.ops.append.page_spec import supports
 from turboattention.quant.granularity import PerChannel, PerGroup, PerToken
 from turboattention.quant.layout import PageLayout
-
-kernel = pytest.importorskip("turboattention.ops.append.triton", reason="needs triton")
-paged_kernel = pytest.importorskip("turboattention.ops.append.triton_paged", reason="needs triton")
 
 DIMS = (64, 80, 96, 128, 256)
 NAMES = ("int8", "turbo4", "turbo3", "turbo2")

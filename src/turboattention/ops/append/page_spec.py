@@ -1,6 +1,7 @@
 """What a kernel must know of a page at compile time: numbers taken from `PageLayout`, nothing else."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from turboattention.config import TensorFormat
 from turboattention.quant.granularity import PerChannel, PerToken
@@ -80,6 +81,7 @@ def _unsupported(fmt: TensorFormat, granularity: type) -> str | None:
     return None
 
 
+@lru_cache(maxsize=256)
 def page_spec(layout: PageLayout) -> PageSpec:
     """The numbers of ``layout``, which `supports` must have accepted."""
     key, value, regions = layout.key, layout.value, layout.regions
