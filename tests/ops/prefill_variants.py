@@ -1,6 +1,6 @@
 """Variants of the INT8 prefill kernels for `compile_kernels`: the tiles that each target really gets."""
 
-from turboattention.ops.prefill import int8_prepass, int8_triton
+from turboattention.ops.prefill import hopper, int8_prepass, int8_triton
 from turboattention.ops.prefill.int8 import LEVELS, SMALLEST
 
 from compile_kernels import TARGETS, Variant
@@ -13,7 +13,7 @@ LENGTHS = dict.fromkeys(("longest_q", "longest_k", "padded_q", "padded_k", "head
 def attention(target: str, width: int, *, causal: bool, window: int = 0, packed: bool = False) -> Variant:
     tiles = int8_triton.choose_tiles(target, width)
     constants = {
-        "HEAD_DIM": width, "WIDTH": width, "M": tiles.block_m, "N": tiles.block_n, "CAUSAL": causal, "WINDOW": window,
+        "HEAD_DIM": width, "WIDTH": width, "PART": tiles.part, "M": tiles.block_m, "N": tiles.block_n, "CAUSAL": causal, "WINDOW": window,
         "PACKED": packed, "BY_ADD": tiles.float_by_add, "ASSEMBLY": tiles.assembly, "out_stride_d": 1,
     }  # fmt: skip
     types = {**CODES, **SCALES, "out_ptr": "*fp16", "lse_ptr": "*fp32", **LENGTHS}
@@ -23,9 +23,51 @@ def attention(target: str, width: int, *, causal: bool, window: int = 0, packed:
     else:
         constants |= {"cu_q_ptr": None, "cu_k_ptr": None}
     name = f"attention-{width}" + "-causal" * causal + "-window" * bool(window) + "-packed" * packed
+    return Variant(name, int8_triton.attention_kernel, types, constants, tiles.num_warps, tiles.num_stages, (target,))
+
+
+def prepass(width: int) -> list[Variant]:
+    sizes = {"HEAD_DIM": width, "WIDTH": width, "PARTS": int8_prepass.PARTS, "PACKED": False}
+    inputs = [f"{x}_stride_{axis}" for x in "qkv" for axis in "bht"]
+    types = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16"), "parts_ptr": "*fp32"}
+    types |= {"q8_ptr": "*i8", "k8_ptr": "*i8", "v8_ptr": "*i8", **SCALES, "factor": "fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("longest_q", "longest_k", "padded_q", "padded_k", "heads", "kv_heads", *inputs), "i32")
+    constants = {**sizes, "LEVELS": float(LEVELS), "SMALLEST": SMALLEST, "cu_q_ptr": None, "cu_k_ptr": None}
+    constants |= dict.fromkeys(("q_stride_d", "k_stride_d", "v_stride_d"), 1)
+    means = {"k_ptr": "*fp16", "parts_ptr": "*fp32"}
+    means |= dict.fromkeys(("longest", "kv_heads", "stride_b", "stride_h", "stride_t"), "i32")
+    return [
+        Variant(f"quantise-{width}", int8_prepass.quantise, types, constants, 8, options={"enable_fp_fusion": False}),
+        Variant(f"sum-{width}", int8_prepass.sum_keys, means, {**sizes, "cu_ptr": None, "stride_d": 1}),
+    ]
+
+
+def on_hopper(width: int, *, causal: bool, packed: bool = False) -> Variant:
+    def tile(rows: int, columns: int) -> str:
+        return f"tensordesc<i8[{rows}, {columns}],{hopper.shared_layout(rows, columns)!r}>"
+
+    types = {"q_desc": tile(64, width), "k_desc": tile(128, width), "v_desc": tile(width, 128), **SCALES}
+    types |= {"out_ptr": "*fp16", "lse_ptr": "*fp32", **LENGTHS}
+    types |= dict.fromkeys(("out_stride_b", "out_stride_h", "out_stride_t", "lse_stride_b", "lse_stride_h"), "i32")
+    constants = {"HEAD_DIM": width, "WIDTH": width, "CAUSAL": causal, "PACKED": packed, "EARLY": causal}
+    constants |= {"REGISTERS": hopper.REGISTERS, "out_stride_d": 1}
+    if packed:
+        types |= {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
+    else:
+        constants |= {"cu_q_ptr": None, "cu_k_ptr": None}
+    name = f"hopper-{width}" + "-causal" * causal + "-packed" * packed
     return Variant(
-        name, int8_triton.attention_kernel, types, constants, tiles.num_warps, tiles.num_stages, (target,)
+        name, hopper.attention_kernel, types, constants, 4, 2, ("sm_90",), {"maxnreg": hopper.COMPILED_REGISTERS}
     )
 
 
-VARIANTS = [attention(target, width, causal=True) for target in TARGETS for width in (64, 128, 256)]
+VARIANTS = [
+    *(attention(target, width, causal=True) for target in TARGETS for width in (64, 128, 256)),
+    attention("sm_90", 128, causal=False),
+    attention("sm_90", 128, causal=True, window=1024, packed=True),
+    on_hopper(64, causal=True),
+    on_hopper(128, causal=True),
+    on_hopper(128, causal=False),
+    on_hopper(128, causal=True, packed=True),
+    *prepass(128),
+]

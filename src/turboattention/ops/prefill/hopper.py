@@ -5,6 +5,10 @@ under the softmax of the next tile. Same operands and same arithmetic as `int8_t
 rescaled only when a row's maximum grows by 2^60 (float32 has the range), in a branch that single warps take.
 """
 
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
+# Triton has no annotations, and its kernels are compiled from untyped Python.
+# ruff: noqa: N803, N806 - compile-time constants of a kernel are written in capitals, as in all Triton code
+
 import math
 
 from torch import Tensor
@@ -19,7 +23,8 @@ from turboattention.ops.prefill.sequences import BLOCK
 ROWS = gl.constexpr(64)  # of a computing warpgroup; two of them in a program
 TOKENS = gl.constexpr(BLOCK)  # of a tile: those that share the scales of K and V
 STAGES = gl.constexpr(2)
-WIDTHS = (64, 128)
+REGISTERS = 240  # of a computing thread; the loader's share goes to it
+COMPILED_REGISTERS = 168  # times 384 threads: what a program owns before it is shared out
 _LOG2_LEVELS = gl.constexpr(math.log2(LEVELS))
 _HUGE = gl.constexpr(1e19)  # times 2^31 still far above the first base of a row
 _FIRST_BASE = gl.constexpr(-1e30)
@@ -103,7 +108,7 @@ def _factor(q_scale, k_scale, row_layout: gl.constexpr):
 
 
 @gluon.jit
-def _limit(limit, length, layout: gl.constexpr, CAUSAL: gl.constexpr):  # noqa: N803
+def _limit(limit, length, layout: gl.constexpr, CAUSAL: gl.constexpr):
     """int32 ``[ROWS]``: the tokens that each row sees are those below it; ``limit`` is that of the first row."""
     row = gl.arange(0, ROWS, layout=layout)
     if CAUSAL:
@@ -113,7 +118,7 @@ def _limit(limit, length, layout: gl.constexpr, CAUSAL: gl.constexpr):  # noqa: 
 
 
 @gluon.jit
-def _hide(s, factor, limit, length, first, row_layout: gl.constexpr, CAUSAL: gl.constexpr):  # noqa: N803
+def _hide(s, factor, limit, length, first, row_layout: gl.constexpr, CAUSAL: gl.constexpr):
     """Scores of tokens that a row doesn't see as low as they get; ``first`` is the tile's first token.
 
     A factor of at least 2^-26 (`_factor`) then rounds their weights to 0. A row that sees nothing in the tile gets a
@@ -155,7 +160,7 @@ def _row_sums(codes, like):
 
 
 @gluon.jit
-def _scale(acc, old, WIDTH: gl.constexpr):  # noqa: N803 - constants of kernels are upper case
+def _scale(acc, old, WIDTH: gl.constexpr):
     acc4 = acc.reshape([ROWS, WIDTH // 8, 4, 2])
     factor = _beside(old, acc4)
     if WIDTH == 128:
@@ -166,7 +171,7 @@ def _scale(acc, old, WIDTH: gl.constexpr):  # noqa: N803 - constants of kernels 
 
 
 @gluon.jit
-def _add(acc, product, weight, WIDTH: gl.constexpr):  # noqa: N803
+def _add(acc, product, weight, WIDTH: gl.constexpr):
     product4 = product.reshape([ROWS, WIDTH // 8, 4, 2])
     added = gl.fma(product4.to(gl.float32), _beside(weight, product4), acc.reshape([ROWS, WIDTH // 8, 4, 2]))
     return gl.convert_layout(added.reshape([ROWS, WIDTH]), acc.type.layout, assert_trivial=True)
@@ -196,7 +201,7 @@ def _load(k_desc, v_desc, barriers, buffers, k_row, v_row, start_k, tiles):
 def _step(
     i, p, acc, total, base, weight, v_scale, q_scale, q_shared, barriers, buffers, k_scale_ptr, v_scale_ptr,
     limit, length,
-    WIDTH: gl.constexpr, EARLY: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,  # noqa: N803
+    WIDTH: gl.constexpr, EARLY: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """P V of tile i, scores and softmax of tile i + 1."""
     k_full, k_empty, v_full, v_empty = barriers
@@ -241,7 +246,7 @@ def _step(
 def _compute(
     q_shared, q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr,
     out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, limit, length, clear, tiles,
-    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,  # noqa: N803
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 rows. limit: tokens that the first row sees (one more for each row after it). clear: tiles without mask.
 
@@ -306,7 +311,7 @@ def _compute(
 
 
 @gluon.jit
-def _locate(cu_ptr, number, longest, PACKED: gl.constexpr):  # noqa: N803
+def _locate(cu_ptr, number, longest, PACKED: gl.constexpr):
     """First token, length and padded start of a sequence (`Sequences`)."""
     if PACKED:
         first = gl.load(cu_ptr + number)
@@ -324,8 +329,8 @@ def attention_kernel(
     q_desc, k_desc, v_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
     longest_q, longest_k, padded_q, padded_k, heads, ratio,
     out_stride_b, out_stride_h, out_stride_t, out_stride_d, lse_stride_b, lse_stride_h,
-    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,  # noqa: N803
-    EARLY: gl.constexpr, REGISTERS: gl.constexpr,  # noqa: N803
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
+    EARLY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """128 query rows of one head. Grid (batch * heads, blocks of rows), the longest causal rows first."""
     number = gl.program_id(0) // heads
@@ -419,6 +424,6 @@ def attention(chunk: Int8Chunk, out: Tensor, lse: Tensor, *, causal: bool) -> No
         chunk.q_scale, chunk.k_scale, chunk.v_scale, chunk.shift, out, lse, sequences.cu_q, sequences.cu_k,
         sequences.max_q, sequences.max_k, sequences.padded_q, sequences.padded_k, heads, heads // chunk.k.shape[0],
         *strides, 0 if packed else lse.stride(0), lse.stride(-2),
-        HEAD_DIM=chunk.head_dim, WIDTH=width, CAUSAL=causal, PACKED=packed, EARLY=causal, REGISTERS=240,
-        num_warps=4, maxnreg=168,
+        HEAD_DIM=chunk.head_dim, WIDTH=width, CAUSAL=causal, PACKED=packed, EARLY=causal, REGISTERS=REGISTERS,
+        num_warps=4, maxnreg=COMPILED_REGISTERS,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Seq
     ratio = chunk.q.shape[0] // chunk.k.shape[0]
     for rows, tokens in zip(sequences.spans_q(), sequences.spans_k(), strict=True):
         x, key, value = rows.read(q).float(), tokens.read(k).float(), tokens.read(v).float()
-        mean = key.mean(1, keepdim=True)
+        mean = key.sum(1, keepdim=True) / max(tokens.length, 1)
         chunk.shift[:, rows.padded] = _pad(scale * (x @ mean.repeat_interleave(ratio, 0).mT).squeeze(-1), rows.blocks)
         codes, chunk.q_scale[:, rows.scales(QUERY_BLOCK)] = _quantise(_pad(x * (scale * LOG2E), rows.blocks, 1), 64)
         chunk.q[:, rows.padded] = _widen(codes, chunk.q.shape[-1])
@@ -113,10 +113,13 @@ def int8_attention(
     ratio = chunk.q.shape[0] // chunk.k.shape[0]
     outs, lses = [], []
     for rows, tokens in zip(sequences.spans_q(), sequences.spans_k(), strict=True):
-        q = _values(chunk.q[:, rows.padded], chunk.q_scale[:, rows.scales(QUERY_BLOCK)], dtype)[:, : rows.length]
-        k = _values(chunk.k[:, tokens.padded], chunk.k_scale[:, tokens.scales(KEY_BLOCK)], dtype)[:, : tokens.length]
+        scale = chunk.q_scale[:, rows.scales(QUERY_BLOCK)]
+        q = _values(chunk.q[:, rows.padded], scale, QUERY_BLOCK, dtype)[:, : rows.length]
+        scale = chunk.k_scale[:, tokens.scales(KEY_BLOCK)]
+        k = _values(chunk.k[:, tokens.padded], scale, KEY_BLOCK, dtype)[:, : tokens.length]
         v_codes = restore_tokens(chunk.v[:, :, tokens.padded]).mT
-        v = _values(v_codes, chunk.v_scale[:, tokens.scales(KEY_BLOCK)], dtype)[:, : tokens.length]
+        scale = chunk.v_scale[:, tokens.scales(KEY_BLOCK)]
+        v = _values(v_codes, scale, KEY_BLOCK, dtype)[:, : tokens.length]
         scores = q @ k.repeat_interleave(ratio, 0).mT / LOG2E
         scores = scores.masked_fill(~visible(rows.length, tokens.length, causal, window, q.device), -torch.inf)
         # A row without any visible token is all -inf: softmax gives NaN where attention means zero.
@@ -154,8 +157,8 @@ def _quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return codes, top / LEVELS
 
 
-def _values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.to(dtype) * scale.to(dtype).repeat_interleave(codes.shape[1] // scale.shape[1], 1)[..., None]
+def _values(codes: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    return codes.to(dtype) * scale.to(dtype).repeat_interleave(block, 1)[..., None]
 
 
 def _pad(x: Tensor, blocks: int, channels: int = 0) -> Tensor:

@@ -4,6 +4,10 @@ The first adds up K in 32 parts of each sequence; the second quantises a block o
 each program and adds the parts up where it needs the mean.
 """
 
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
+# Triton has no annotations, and its kernels are compiled from untyped Python.
+# ruff: noqa: N803, N806 - compile-time constants of a kernel are written in capitals, as in all Triton code
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +20,7 @@ PARTS = 32  # of a sequence when K is added up: enough programs for a whole GPU,
 
 
 @triton.jit
-def locate(cu_ptr, number, longest, PACKED: tl.constexpr):  # noqa: N803 - constants of kernels are upper case
+def locate(cu_ptr, number, longest, PACKED: tl.constexpr):
     """First token, length and padded start of a sequence (`Sequences`)."""
     if PACKED:
         first = tl.load(cu_ptr + number)
@@ -32,7 +36,7 @@ def locate(cu_ptr, number, longest, PACKED: tl.constexpr):  # noqa: N803 - const
 @triton.jit(do_not_specialize=["longest"])
 def sum_keys(
     k_ptr, parts_ptr, cu_ptr, longest, kv_heads, stride_b, stride_h, stride_t, stride_d,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Sums of one part of the tokens: float32 ``parts [batch, kv_heads, PARTS, WIDTH]``."""
     part = tl.program_id(0)
@@ -55,13 +59,13 @@ def sum_keys(
 
 
 @triton.jit
-def _mean(parts_ptr, row, length, WIDTH: tl.constexpr, PARTS: tl.constexpr):  # noqa: N803
+def _mean(parts_ptr, row, length, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     at = row * (PARTS * WIDTH) + tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return tl.math.div_rn(tl.sum(tl.load(parts_ptr + at), 0), length.to(tl.float32))
+    return tl.math.div_rn(tl.sum(tl.load(parts_ptr + at), 0), tl.maximum(length, 1).to(tl.float32))
 
 
 @triton.jit
-def _codes(x, top, LEVELS: tl.constexpr):  # noqa: N803
+def _codes(x, top, LEVELS: tl.constexpr):
     """Integers of x where ``top`` is the largest magnitude; ties to even by adding 1.5 * 2^23."""
     inverse = tl.math.div_rn(tl.zeros_like(top) + LEVELS, top)
     return ((x * inverse + 12582912.0) - 12582912.0).to(tl.int8)
@@ -74,8 +78,8 @@ def quantise(
     factor, scale, longest_q, longest_k, padded_q, padded_k, heads, kv_heads,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,  # noqa: N803
-    LEVELS: tl.constexpr, SMALLEST: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
+    LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """A block of 128 tokens of one head: of Q (heads first), then of K, then of V. ``factor`` is scale * log2(e).
 

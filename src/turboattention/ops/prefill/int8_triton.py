@@ -4,6 +4,10 @@ Each tile of 128 rows and 64 or 128 tokens rounds its probabilities against its 
 every tile uses all 127 levels; the int32 product of a tile is added to the output in float32 (README.md).
 """
 
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
+# Triton has no annotations, and its kernels are compiled from untyped Python.
+# ruff: noqa: N803, N806 - compile-time constants of a kernel are written in capitals, as in all Triton code
+
 import math
 from dataclasses import dataclass
 
@@ -32,7 +36,7 @@ _LN2 = tl.constexpr(math.log(2))
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the kernel is cut: query rows and tokens of a tile, warps, stages of the pipeline of loads.
+    """How the kernel is cut: query rows and tokens of a tile, channels of the output at a time (all or half), warps, stages of the pipeline of loads.
 
     float_by_add: turn int32 into float32 by adding to the bits of 1.5 * 2^23, where the conversion shares a slow unit
     with the exponential. assembly: inline PTX for rounding and row sums.
@@ -40,6 +44,7 @@ class Tiles:
 
     block_m: int
     block_n: int
+    part: int
     num_warps: int
     num_stages: int
     float_by_add: bool
@@ -53,17 +58,18 @@ def choose_tiles(target: str, width: int) -> Tiles:
     operands from shared memory; elsewhere they take registers too, so a tile has fewer tokens, and again fewer where
     the output of a row is 256 channels wide.
     """
+    half = max(width // 2, 64)
     if target == "sm_90":
-        return Tiles(128, 128, 8, 3, False, True) if width <= 128 else Tiles(128, 64, 8, 2, False, True)
+        return Tiles(128, 128, width, 8, 3, False, True) if width <= 128 else Tiles(128, 64, half, 8, 2, False, True)
     if target.startswith("sm_"):
-        return Tiles(128, 64 if width <= 128 else 32, 8, 2, target == "sm_80", True)
+        return Tiles(128, 64 if width <= 128 else 32, half, 8, 2, target == "sm_80", True)
     if target.startswith("gfx"):
-        return Tiles(128, 64, 8, 1, False, False) if width <= 128 else Tiles(64, 64, 8, 1, False, False)
-    return Tiles(128, 128 if width <= 128 else 64, 4, 1, False, False)
+        return Tiles(128, 64, half, 8, 1, False, False) if width <= 128 else Tiles(64, 64, half, 8, 1, False, False)
+    return Tiles(128, 128 if width <= 128 else 64, half, 4, 1, False, False)
 
 
 @triton.jit
-def _exact_float(x, BY_ADD: tl.constexpr):  # noqa: N803 - constants of kernels are upper case
+def _exact_float(x, BY_ADD: tl.constexpr):
     """float32 of int32 below 2^22 in magnitude; the largest sum of products here is 127 * 127 * 256 < 2^22."""
     if BY_ADD:
         return (x + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
@@ -72,7 +78,7 @@ def _exact_float(x, BY_ADD: tl.constexpr):  # noqa: N803 - constants of kernels 
 
 
 @triton.jit
-def _integers(p, ASSEMBLY: tl.constexpr):  # noqa: N803
+def _integers(p, ASSEMBLY: tl.constexpr):
     """int8 of probabilities 0 .. 127 (with ASSEMBLY: of these times 2^-24), and the sums of the integers of each row."""
     if ASSEMBLY:
         codes = tl.inline_asm_elementwise(_PACK, "=r,f,f,f,f", [p], tl.int8, is_pure=True, pack=4)
@@ -84,7 +90,7 @@ def _integers(p, ASSEMBLY: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _in_operand_order(x, M: tl.constexpr, N: tl.constexpr):  # noqa: N803
+def _in_operand_order(x, M: tl.constexpr, N: tl.constexpr):
     """Columns in the stored order of V's tokens: what a thread holds is then its part of the next product's operand."""
     x = tl.reshape(x, [M, N // 32, 2, 2, 4, 2])
     return tl.reshape(tl.permute(x, [0, 1, 2, 4, 3, 5]), [M, N])
@@ -94,11 +100,10 @@ def _in_operand_order(x, M: tl.constexpr, N: tl.constexpr):  # noqa: N803
 def _tiles(
     begin, end, q, q_scale, k_ptrs, v_ptrs, k_scale_ptr, v_scale_ptr, padded_k, position, length,
     acc, acc_high, total, top,
-    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,  # noqa: N803
-    MASKED: tl.constexpr, BY_ADD: tl.constexpr, ASSEMBLY: tl.constexpr,  # noqa: N803
+    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, BY_ADD: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Add the tokens ``begin .. end`` (multiples of N) to the running output, sum and reference of every row."""
-    SPLIT: tl.constexpr = WIDTH > N  # noqa: N806 - the output in two halves, so that only one is int32 at a time
     for n in range(begin, end, N):
         k_scale = tl.load(k_scale_ptr + n // 128)
         v_scale = tl.load(v_scale_ptr + n // 128)
@@ -130,14 +135,18 @@ def _tiles(
         top = new_top
         total = total * old + sums.to(tl.float32) * weight
         weight = weight * v_scale
-        if SPLIT:
-            # Two halves of the channels, one int32 product alive at a time.
-            v_high = tl.load(v_ptrs + n + (WIDTH // 2) * padded_k)
-            acc = acc * old[:, None] + _exact_float(tl.dot(p, tl.trans(v), out_dtype=tl.int32), BY_ADD) * weight[:, None]
+        if WIDTH > PART:
+            # Two halves of the channels, so that only one int32 product is alive at a time.
+            v_high = tl.load(v_ptrs + n + PART * padded_k)
+            acc = (
+                acc * old[:, None] + _exact_float(tl.dot(p, tl.trans(v), out_dtype=tl.int32), BY_ADD) * weight[:, None]
+            )
             product = tl.dot(p, tl.trans(v_high), out_dtype=tl.int32)
             acc_high = acc_high * old[:, None] + _exact_float(product, BY_ADD) * weight[:, None]
         else:
-            acc = acc * old[:, None] + _exact_float(tl.dot(p, tl.trans(v), out_dtype=tl.int32), BY_ADD) * weight[:, None]
+            acc = (
+                acc * old[:, None] + _exact_float(tl.dot(p, tl.trans(v), out_dtype=tl.int32), BY_ADD) * weight[:, None]
+            )
     return acc, acc_high, total, top
 
 
@@ -146,9 +155,9 @@ def attention_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
     longest_q, longest_k, padded_q, padded_k, heads, ratio,
     out_stride_b, out_stride_h, out_stride_t, out_stride_d, lse_stride_b, lse_stride_h,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,  # noqa: N803
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,  # noqa: N803
-    BY_ADD: tl.constexpr, ASSEMBLY: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    BY_ADD: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """M query rows of one head. Grid (batch * heads, blocks of rows): heads that share K and V run side by side."""
     number = tl.program_id(0) // heads
@@ -168,15 +177,20 @@ def attention_kernel(
     q_scale = tl.load(q_scale_ptr + head * (padded_q // 64) + (start_q + rows) // 64)
     position = rows + (length - length_q)
 
-    PART: tl.constexpr = WIDTH // 2 if WIDTH > N else WIDTH  # noqa: N806
     tokens = tl.arange(0, N)
     k_ptrs = k_ptr + (kv_head.to(tl.int64) * padded_k + start_k) * WIDTH + tokens[:, None] * WIDTH + channels[None, :]
-    v_ptrs = v_ptr + kv_head.to(tl.int64) * WIDTH * padded_k + start_k + tl.arange(0, PART)[:, None] * padded_k + tokens[None, :]
+    v_ptrs = (
+        v_ptr
+        + kv_head.to(tl.int64) * WIDTH * padded_k
+        + start_k
+        + tl.arange(0, PART)[:, None] * padded_k
+        + tokens[None, :]
+    )
     k_scale_ptr += kv_head * (padded_k // 128) + start_k // 128
     v_scale_ptr += kv_head * (padded_k // 128) + start_k // 128
 
     acc = tl.zeros([M, PART], tl.float32)
-    acc_high = tl.zeros([M, PART], tl.float32) if WIDTH > N else tl.zeros([M], tl.float32)
+    acc_high = tl.zeros([M, PART], tl.float32) if WIDTH > PART else tl.zeros([M], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], -float("inf"), tl.float32)
 
@@ -189,19 +203,21 @@ def attention_kernel(
     full_begin = begin
     if WINDOW > 0:
         begin = tl.maximum(first_position - WINDOW + 1, 0) // N * N
-        full_begin = tl.minimum(tl.cdiv(tl.maximum(last_position - WINDOW + 1, 0), N) * N, tl.cdiv(tl.maximum(end, 0), N) * N)
+        full_begin = tl.minimum(
+            tl.cdiv(tl.maximum(last_position - WINDOW + 1, 0), N) * N, tl.cdiv(tl.maximum(end, 0), N) * N
+        )
         full_end = tl.maximum(full_end, full_begin)
         acc, acc_high, total, top = _tiles(
             begin, full_begin, q, q_scale, k_ptrs, v_ptrs, k_scale_ptr, v_scale_ptr, padded_k, position, length,
-            acc, acc_high, total, top, M, N, WIDTH, CAUSAL, WINDOW, True, BY_ADD, ASSEMBLY,
+            acc, acc_high, total, top, M, N, WIDTH, PART, CAUSAL, WINDOW, True, BY_ADD, ASSEMBLY,
         )  # fmt: skip
     acc, acc_high, total, top = _tiles(
         full_begin, full_end, q, q_scale, k_ptrs, v_ptrs, k_scale_ptr, v_scale_ptr, padded_k, position, length,
-        acc, acc_high, total, top, M, N, WIDTH, CAUSAL, WINDOW, False, BY_ADD, ASSEMBLY,
+        acc, acc_high, total, top, M, N, WIDTH, PART, CAUSAL, WINDOW, False, BY_ADD, ASSEMBLY,
     )  # fmt: skip
     acc, acc_high, total, top = _tiles(
         full_end, end, q, q_scale, k_ptrs, v_ptrs, k_scale_ptr, v_scale_ptr, padded_k, position, length,
-        acc, acc_high, total, top, M, N, WIDTH, CAUSAL, WINDOW, True, BY_ADD, ASSEMBLY,
+        acc, acc_high, total, top, M, N, WIDTH, PART, CAUSAL, WINDOW, True, BY_ADD, ASSEMBLY,
     )  # fmt: skip
 
     blind = total == 0
@@ -219,7 +235,7 @@ def attention_kernel(
     part = tl.arange(0, PART)
     to = out_ptr + row[:, None] * out_stride_t + part[None, :] * out_stride_d
     tl.store(to, (acc * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=real[:, None] & (part < HEAD_DIM)[None, :])
-    if WIDTH > N:
+    if WIDTH > PART:
         high = (acc_high * inverse[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(to + PART * out_stride_d, high, mask=real[:, None] & (part + PART < HEAD_DIM)[None, :])
 
@@ -238,7 +254,7 @@ def attention(
         chunk.q, chunk.q_scale, chunk.k, chunk.k_scale, chunk.v, chunk.v_scale, chunk.shift, out, lse,
         sequences.cu_q, sequences.cu_k, sequences.max_q, sequences.max_k, sequences.padded_q, sequences.padded_k,
         heads, heads // chunk.k.shape[0], *strides, 0 if packed else lse.stride(0), lse.stride(-2),
-        HEAD_DIM=chunk.head_dim, WIDTH=width, M=tiles.block_m, N=tiles.block_n,
+        HEAD_DIM=chunk.head_dim, WIDTH=width, PART=tiles.part, M=tiles.block_m, N=tiles.block_n,
         CAUSAL=causal, WINDOW=window or 0, PACKED=packed, BY_ADD=tiles.float_by_add, ASSEMBLY=tiles.assembly,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip

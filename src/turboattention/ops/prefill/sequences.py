@@ -5,6 +5,7 @@ never overlap, and neither the host nor a kernel needs to add up the lengths of 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ class Sequences:
         ends = cu.tolist()
         return [
             Span(b, first, end - first, (first // BLOCK + b) * BLOCK, packed=True)
-            for b, (first, end) in enumerate(zip(ends[:-1], ends[1:], strict=True))
+            for b, (first, end) in enumerate(pairwise(ends))
         ]
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,0 +1,282 @@
+"""INT8 prefill: operands, the definition, and kernels against it (in Triton's interpreter where there is no GPU)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+from compile_kernels import MATRIX, rows_of
+
+from turboattention.errors import InvalidInputError, UnsupportedError
+from turboattention.ops.prefill import int8, int8_prepass, int8_triton
+from turboattention.ops.prefill.int8_prefill import int8_prefill
+from turboattention.ops.prefill.sequences import Sequences
+from turboattention.quant.packing import restore_tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Error of the kernel against the definition on the same operands: 8-bit probabilities, rounded for each row and tile.
+BUDGET = 0.015
+LSE_BUDGET = 0.03
+
+
+def tensors(
+    heads: int, kv_heads: int, rows: int, tokens: int, dim: int, dtype: torch.dtype = torch.float16, batch: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.randn(batch, heads, rows, dim, device=DEVICE).to(dtype)
+    k = (torch.randn(batch, kv_heads, tokens, dim, device=DEVICE) + torch.randn(dim, device=DEVICE)).to(dtype)
+    return q, k, torch.randn(batch, kv_heads, tokens, dim, device=DEVICE).to(dtype)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    ratio = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(ratio, 1) for x in (k, v))
+    scores = q.double() @ k.mT * scale
+    scores = scores.masked_fill(~int8.visible(q.shape[2], k.shape[2], causal, window, q.device), -torch.inf)
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v, torch.logsumexp(scores, -1)
+
+
+def run_kernel(
+    chunk: int8.Int8Chunk, q: Tensor, causal: bool, window: int | None = None, tiles: int8_triton.Tiles | None = None
+) -> tuple[Tensor, Tensor]:
+    out = torch.full_like(q, torch.nan)
+    lse = q.new_full((q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3], torch.nan, dtype=torch.float32)
+    int8_triton.attention(chunk, out, lse, causal=causal, window=window, tiles=tiles)
+    return out, lse
+
+
+def assert_agrees(chunk: int8.Int8Chunk, out: Tensor, lse: Tensor, causal: bool, window: int | None = None) -> None:
+    want = int8.int8_attention(chunk, causal=causal, window=window)
+    seen = torch.isfinite(want.lse)
+    assert torch.isfinite(out).all()
+    assert relative(out, want.out) <= BUDGET
+    assert (out - want.out).abs().max() <= 0.1 * want.out.abs().max()
+    assert (lse[seen] - want.lse[seen]).abs().max() <= LSE_BUDGET
+    assert (lse[~seen] == -torch.inf).all()
+
+
+# ---- operands and definition --------------------------------------------------------------------------------------
+def test_operands_stand_for_the_chunk_within_half_a_step() -> None:
+    q, k, v = tensors(4, 2, 70, 200, 80)
+    chunk = int8.quantise_chunk(q, k, v, 0.25)
+    assert chunk.q.shape == (4, 128, 128)
+    assert chunk.v.shape == (2, 128, 256)
+    step = chunk.q_scale.repeat_interleave(64, 1)[:, :70, None]
+    assert ((chunk.q[:, :70, :80] * step - q[0].float() * 0.25 * int8.LOG2E).abs() <= 0.501 * step).all()
+    step = chunk.k_scale.repeat_interleave(128, 1)[:, :200, None]
+    smooth = k[0].float() - k[0].float().mean(1, keepdim=True)
+    assert ((chunk.k[:, :200, :80] * step - smooth).abs() <= 0.501 * step).all()
+    step = chunk.v_scale.repeat_interleave(128, 1)[:, :200, None]
+    assert ((restore_tokens(chunk.v).mT[:, :200, :80] * step - v[0].float()).abs() <= 0.501 * step).all()
+    for codes in (chunk.q, chunk.k, chunk.v):
+        assert codes.int().abs().max() == 127
+    # What pads is zero: a kernel reads whole blocks.
+    assert not chunk.q[:, 70:].any()
+    assert not chunk.q[:, :, 80:].any()
+    assert not chunk.k[:, 200:].any()
+    assert not chunk.v[:, 80:].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_definition_is_attention_up_to_the_rounding_of_operands(causal: bool) -> None:
+    q, k, v = tensors(4, 2, 130, 300, 64)
+    got = int8.int8_attention(int8.quantise_chunk(q, k, v, 0.125), causal=causal)
+    out, lse = exact(q, k, v, 0.125, causal)
+    assert relative(got.out, out) < 0.03
+    # The mean that smoothing took is back: a shift of a whole score would show.
+    assert (got.lse - lse).abs().max() < 0.05
+
+
+def test_smoothing_helps_where_keys_share_an_offset() -> None:
+    q, k, v = tensors(2, 2, 128, 256, 64)
+    k[..., 3] += 30
+    got = int8.int8_attention(int8.quantise_chunk(q, k, v, 0.125), causal=True)
+    out, lse = exact(q, k, v, 0.125, True)
+    assert relative(got.out, out) < 0.03
+    assert (got.lse - lse).abs().max() < 0.05
+
+
+# ---- pre-pass against the definition -------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "tokens", "dim"), [(1, 1, 64), (63, 111, 80), (130, 257, 128)])
+def test_prepass_makes_the_same_codes(rows: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
+    q, k, v = tensors(4, 2, rows, tokens, dim, dtype)
+    k = (k * 8).round() / 8  # sums of K are then exact in any order, and its codes too
+    k = k[:, :, : 1 << (tokens.bit_length() - 1)]
+    v = v[:, :, : k.shape[2]]
+    want = int8.quantise_chunk(q, k, v, dim**-0.5)
+    got = int8_prepass.quantise_chunk(q, k, v, dim**-0.5)
+    for name in ("q", "q_scale", "k", "k_scale", "v", "v_scale"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    torch.testing.assert_close(got.shift[:, :rows], want.shift[:, :rows], atol=1e-5, rtol=1e-5)
+
+
+def test_prepass_of_strided_and_of_packed_tensors() -> None:
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(2, 1, 150, 150, 64))
+    dense = int8_prepass.quantise_chunk(q, k, v, 0.1)
+    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+    lengths = torch.tensor([0, 150], dtype=torch.int32, device=DEVICE)
+    got = int8_prepass.quantise_chunk(*packed, 0.1, Sequences.packed(*packed[:2], lengths))
+    for name in ("q", "q_scale", "k", "k_scale", "v", "v_scale"):
+        assert torch.equal(getattr(got, name), getattr(dense, name)), name
+    want = int8.quantise_chunk(q.contiguous(), k.contiguous(), v.contiguous(), 0.1)
+    assert torch.equal(dense.q, want.q)
+    assert torch.equal(dense.v, want.v)
+    assert (dense.k.int() - want.k.int()).abs().max() <= 1
+
+
+# ---- the kernel against the definition ------------------------------------------------------------------------------
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "rows", "tokens", "dim"),
+    [(1, 1, 1, 1, 64), (4, 1, 63, 111, 64), (2, 2, 111, 300, 80), (4, 2, 130, 130, 96), (2, 1, 200, 129, 128),
+     (1, 1, 70, 140, 256), (8, 2, 1, 300, 128)],
+)  # fmt: skip
+def test_kernel(heads: int, kv_heads: int, rows: int, tokens: int, dim: int, causal: bool) -> None:
+    q, k, v = tensors(heads, kv_heads, rows, tokens, dim)
+    chunk = int8_prepass.quantise_chunk(q, k, v, dim**-0.5)
+    assert_agrees(chunk, *run_kernel(chunk, q, causal), causal)
+
+
+@pytest.mark.parametrize("tiles", [
+    int8_triton.Tiles(128, 64, 128, 4, 1, True, False),
+    int8_triton.Tiles(64, 128, 64, 4, 1, False, False),
+    int8_triton.Tiles(128, 32, 64, 4, 1, True, False),
+])  # fmt: skip
+def test_every_way_to_cut_tiles_gives_the_same(tiles: int8_triton.Tiles) -> None:
+    q, k, v = tensors(2, 1, 150, 270, 128, batch=2)
+    chunk = int8_prepass.quantise_chunk(q, k, v, 0.1)
+    assert_agrees(chunk, *run_kernel(chunk, q, True, tiles=tiles), True)
+
+
+@pytest.mark.parametrize("window", [1, 40, 129, 1000])
+def test_window(window: int) -> None:
+    q, k, v = tensors(2, 1, 200, 333, 64)
+    chunk = int8_prepass.quantise_chunk(q, k, v, 0.125)
+    assert_agrees(chunk, *run_kernel(chunk, q, True, window), True, window)
+
+
+@pytest.mark.parametrize("kind", ["outlier", "peaked", "flat", "falling", "constant"])
+def test_kernel_on_hard_data(kind: str) -> None:
+    q, k, v = tensors(2, 2, 128, 512, 64)
+    match kind:
+        case "outlier":
+            k[..., :4] *= 10
+            k[..., 0] += 8
+        case "peaked":
+            q *= 6
+        case "flat":
+            q *= 0.01
+        case "falling":  # by 2^7 from tile to tile
+            v *= torch.tensor([1.0, 2**-7, 1.0, 2**-7], device=DEVICE).repeat_interleave(128)[:, None].half()
+        case "constant":  # all codes of K are 0, and no factor tells a masked token from others
+            k[:] = k[:, :, :1]
+    chunk = int8_prepass.quantise_chunk(q, k, v, 0.125)
+    for causal in (False, True):
+        out, lse = run_kernel(chunk, q, causal)
+        want = int8.int8_attention(chunk, causal=causal)
+        assert relative(out, want.out) <= (0.025 if kind == "outlier" else BUDGET)
+        assert (lse - want.lse).abs().max() <= 0.05
+
+
+def test_error_does_not_grow_with_length() -> None:
+    errors = []
+    for tokens in (256, 4096):
+        q, k, v = tensors(1, 1, 64, tokens, 64)
+        chunk = int8_prepass.quantise_chunk(q, k, v, 0.125)
+        out, _ = run_kernel(chunk, q, False)
+        errors.append(relative(out, int8.int8_attention(chunk, causal=False).out))
+    assert max(errors) <= BUDGET
+
+
+def test_packed_sequences_of_every_length() -> None:
+    lengths = torch.tensor([0, 1, 64, 64, 300], dtype=torch.int32, device=DEVICE)
+    longer = torch.tensor([0, 0, 200, 210, 446], dtype=torch.int32, device=DEVICE)
+    q = torch.randn(300, 4, 64, device=DEVICE).half()
+    k, v = (torch.randn(446, 2, 64, device=DEVICE).half() for _ in range(2))
+    sequences = Sequences.packed(q, k, lengths, longer)
+    chunk = int8_prepass.quantise_chunk(q, k, v, 0.125, sequences)
+    out, lse = run_kernel(chunk, q, True)
+    assert_agrees(chunk, out, lse, True)
+    # And each sequence alone, as a dense tensor, is the same attention.
+    part = [x[None].transpose(1, 2) for x in (q[64:300], k[210:446], v[210:446])]
+    alone = int8_prefill(*part, causal=True, scale=0.125, implementation="reference")
+    assert relative(out[64:], alone.out[0].transpose(0, 1)) < 0.02
+
+
+def test_output_dtype_strides_and_true_lse() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = tensors(2, 1, 65, 65, 64, dtype)
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        got = int8_prefill(q, k, v, implementation="triton")
+        out, lse = exact(q, k, v, 0.125, True)
+        assert got.out.dtype == dtype
+        assert got.out.stride() == q.stride()
+        assert relative(got.out, out) < 0.03
+        assert (got.lse - lse).abs().max() < 0.08
+
+
+# ---- the operator -----------------------------------------------------------------------------------------------------
+def test_operator_on_a_cpu_is_the_definition() -> None:
+    q, k, v = (x.cpu() for x in tensors(2, 1, 20, 40, 64))
+    want = int8.int8_attention(int8.quantise_chunk(q, k, v, 0.125), causal=True, dtype=torch.float32)
+    got = int8_prefill(q, k, v)
+    assert torch.equal(got.out, want.out.half())
+    assert torch.equal(got.lse, want.lse)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q, k, v = (x.cpu() for x in tensors(2, 1, 20, 40, 64))
+    with pytest.raises(UnsupportedError, match="softcap"):
+        int8_prefill(q, k, v, softcap=30.0)
+    with pytest.raises(InvalidInputError, match="Hopper"):
+        int8_prefill(q, k, v, implementation="hopper")
+    for bad in (
+        {"q": q[0]}, {"q": q[..., :48], "k": k[..., :48], "v": v[..., :48]}, {"v": v[:, :, 1:]}, {"q": q.double()},
+        {"window": 0}, {"window": 5, "causal": False}, {"scale": 0.0}, {"implementation": "fast"}, {"q": q[:, :, :0]},
+    ):  # fmt: skip
+        with pytest.raises(InvalidInputError):
+            int8_prefill(**({"q": q, "k": k, "v": v} | bad))
+
+
+# ---- compiled for every GPU -------------------------------------------------------------------------------------------
+def test_kernels_compile_to_integer_matrix_instructions_without_spills() -> None:
+    rows = rows_of(Path(__file__).parent / "prefill_variants.py")
+    assert rows
+    for row in rows:
+        name = f"{row['name']} {row['target']}"
+        if row["name"].startswith(("quantise", "sum")):
+            assert row["spills"] == 0, name
+            continue
+        matrix = {op for op in row["mnemonics"] if op.startswith(MATRIX)}
+        integer = {"IGMMA"} if row["target"] == "sm_90" else {"IMMA"} if row["target"].startswith("sm_") else None
+        assert matrix, name
+        assert integer is None or matrix == integer, name
+        assert integer is not None or all("i8" in op for op in matrix), name
+        # Outputs of 256 channels do not fit the registers; Hopper keeps a few addresses of its 240 outside.
+        limit = 100 if "256" in row["name"] else 24 if row["name"].startswith("hopper-128") else 0
+        assert row["loop_spills"] <= limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (63, 111), (300, 130), (777, 1111), (2048, 2048)])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_hopper_kernel(rows: int, tokens: int, dim: int, causal: bool) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU (sm_90)")
+    from turboattention.ops.prefill import hopper
+
+    q, k, v = tensors(8, 2, rows, tokens, dim, batch=2)
+    chunk = int8_prepass.quantise_chunk(q, k, v, dim**-0.5)
+    out, lse = torch.full_like(q, torch.nan), q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
+    hopper.attention(chunk, out, lse, causal=causal)
+    assert_agrees(chunk, out, lse, causal)
