@@ -31,7 +31,11 @@ def table(quick: bool = False) -> dict[str, list[Entry]]:
         found[f"decode {title}"] = [
             Entry(replace(decode, batch=b, tokens=t, form=form)) for form in forms for b, t in shapes
         ]
-    models = (replace(decode, query_heads=64), replace(decode, query_heads=24, head_dim=64), replace(decode, head_dim=256))
+    models = (
+        replace(decode, query_heads=64),
+        replace(decode, query_heads=24, head_dim=64),
+        replace(decode, head_dim=256),
+    )
     found["decode other heads"] = [
         Entry(replace(shape, batch=b, tokens=t, form=form))
         for shape in models
@@ -39,7 +43,8 @@ def table(quick: bool = False) -> dict[str, list[Entry]]:
         for b, t in ((8, 32768),)
     ]
     found["decode portable"] = [
-        Entry(replace(decode, batch=64, tokens=8192, form=form, implementation="triton")) for form in ("turbo4", "turbo2")
+        Entry(replace(decode, batch=64, tokens=8192, form=form, implementation="triton"))
+        for form in ("turbo4", "turbo2")
     ]
     ragged = replace(decode, batch=32, tokens=32768, ragged=True)
     found["decode ragged"] = [Entry(ragged, "even batch"), Entry(ragged)]

@@ -1,6 +1,6 @@
 """The plot of `run.py`: how many times faster than 16-bit decode, against the tokens of the batch.
 
-    python benchmarks/plot.py benchmarks/results/operators.csv      # draws it again from the rows
+python benchmarks/plot.py benchmarks/results/operators.csv      # draws it again from the rows
 """
 
 import sys
@@ -25,7 +25,7 @@ def plot(rows: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
     if not points:
         return []
     matplotlib.use("Agg")
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8.5, 5.4), layout="constrained")
     axes = figure.add_subplot()
     for form, (label, colour, marker) in LINES.items():
         if form not in points:
@@ -35,12 +35,12 @@ def plot(rows: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
         limit = 16 / (sum(bits) / len(bits))
         best = [max(ratio for ratio, _ in points[form][t]) for t in tokens]
         everything = [(t, ratio) for t in tokens for ratio, _ in points[form][t]]
-        axes.plot(tokens, best, color=colour, label=label)
+        axes.plot(tokens, best, color=colour, marker=marker, label=label)
         axes.plot(*zip(*everything, strict=True), marker, color=colour)
         axes.axhline(limit, color=colour, linestyle="--", linewidth=1)
         axes.annotate(
-            f"bytes allow {limit:.2f}", (1.0, limit), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-            textcoords="offset points", ha="right", color=colour, fontsize=9,
+            f"{limit:.2f}: what\nthe bytes allow", (1.0, limit), xycoords=("axes fraction", "data"), xytext=(6, 0),
+            textcoords="offset points", ha="left", va="center", color=colour, fontsize=9,
         )  # fmt: skip
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
@@ -54,11 +54,11 @@ def plot(rows: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
     axes.set_ylabel("speed-up over the fastest 16-bit decode (times)")
     first = next(row for row in rows if row["op"] == "decode" and row["ratio"])
     axes.set_title(
-        f"Decode, 32 query / 8 KV heads, head_dim 128, pages in random order\n{first['device']}, torch {first['torch']}, "
-        f"triton {first['triton']}, turboattention {first['turboattention']}",
+        "Decode, 32 query / 8 KV heads, head_dim 128, pages in random order\n"
+        f"{first['device']}, torch {first['torch']}, triton {first['triton']}, turboattention {first['turboattention']}",
         fontsize=10,
     )
-    axes.legend(loc="upper left", frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(LINES), frameon=False)
     axes.grid(alpha=0.25)
     paths = [stem.with_suffix(kind) for kind in (".png", ".svg")]
     for path in paths:

@@ -1,6 +1,6 @@
 """Measure the table of operators on this machine: rows to CSV, a table to the terminal, and a plot.
 
-    python benchmarks/run.py --device cuda                       # everything, about ... minutes on one GPU
+    python benchmarks/run.py --device cuda                       # everything, about 15 minutes on one GPU
     python benchmarks/run.py --device cuda --quick --only "decode 4 bits" --only prefill
 
 Each row holds the time, the fastest 16-bit attention of the same process, and the error. A wrong result has no speed.
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"groups to measure: {', '.join(table())}")] = None,
-    out: Annotated[Path, typer.Option(help="CSV file to append to; the plot gets its name")] = RESULTS / "operators.csv",
+    out: Annotated[Path, typer.Option(help="CSV file to append to; names the plot")] = RESULTS / "operators.csv",
     quick: Annotated[bool, typer.Option("--quick", help="few shapes, few repeats")] = False,
     peers: Annotated[bool, typer.Option(help="measure other libraries where they are installed")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
@@ -48,7 +48,9 @@ def main(
     rows: list[Row] = []
     for done, (case, against) in enumerate(chosen):
         if time.monotonic() - begin > seconds:
-            print(f"stopped after {seconds} s: {len(chosen) - done} of {len(chosen)} cases not measured", file=sys.stderr)
+            print(
+                f"stopped after {seconds} s: {len(chosen) - done} of {len(chosen)} cases not measured", file=sys.stderr
+            )
             break
         others = peers and against == "16-bit"
         with torch.inference_mode():
@@ -63,13 +65,9 @@ def main(
     show(rows)
     for path in plot([row.to_dict() for row in rows], out.with_suffix("")):
         print(f"wrote {path}", file=sys.stderr)
-    if any(row.failure and row.implementation == row_implementation(row) for row in rows):
+    # A peer's row is named after the peer alone; it may fail without consequence.
+    if any(row.failure and row.implementation != row.preset for row in rows):
         raise typer.Exit(1)
-
-
-def row_implementation(row: Row) -> str:
-    """The implementation of our own rows; a peer's row is named after the peer and may fail without consequence."""
-    return "" if row.implementation == row.preset else row.implementation
 
 
 if __name__ == "__main__":

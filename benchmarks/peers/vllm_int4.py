@@ -1,4 +1,4 @@
-"""vLLM's ``int4_per_token_head``: rotated, asymmetric 4-bit codes with a scale for each token and head, paged decode."""
+"""vLLM's ``int4_per_token_head``: rotated, asymmetric 4-bit codes, a scale for each token and head, paged decode."""
 
 from collections.abc import Callable
 from typing import Any

@@ -32,11 +32,11 @@ class KVQuantMode(IntEnum):
 
 def load(name: str) -> ModuleType:
     """Module ``name`` of vLLM; raises UnsupportedError with the reason when it can't be had."""
-    if find_spec("vllm") is None:
-        raise UnsupportedError("vllm is not installed, not even its Python files")
-    if find_spec("triton") is None:
-        raise UnsupportedError("vLLM's kernels need Triton")
     if "vllm.platforms" not in sys.modules:
+        if find_spec("vllm") is None:
+            raise UnsupportedError("vllm is not installed, not even its Python files")
+        if find_spec("triton") is None:
+            raise UnsupportedError("vLLM's kernels need Triton")
         _stand_in()
     try:
         return importlib.import_module(name)
@@ -59,7 +59,9 @@ def _stand_in() -> None:
     for name in ("vllm.utils", "vllm.model_executor.layers.quantization.turboquant"):
         _module(name).__path__ = [str(root.joinpath(*name.split(".")[1:]))]
     _module("vllm.envs", VLLM_BATCH_INVARIANT=False)
-    quiet = SimpleNamespace(**dict.fromkeys(("debug", "debug_once", "info", "info_once", "warning", "warning_once"), _say))
+    quiet = SimpleNamespace(
+        **dict.fromkeys(("debug", "debug_once", "info", "info_once", "warning", "warning_once"), _say)
+    )
     _module("vllm.logger", init_logger=lambda name: quiet)
     _module("vllm.triton_utils", tl=tl, triton=triton)
     _module("vllm.utils.math_utils", largest_power_of_2_divisor=lambda n: n & -n)
@@ -85,7 +87,7 @@ class _Platform:
     """What the kernels ask about the GPU."""
 
     def is_cuda(self) -> bool:
-        return torch.version.hip is None
+        return torch.cuda.is_available() and torch.version.hip is None
 
     def is_cuda_alike(self) -> bool:
         return torch.cuda.is_available()

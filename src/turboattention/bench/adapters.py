@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from turboattention.bench.case import Case
 from turboattention.kvcache.paged import PagedCache
 from turboattention.ops.append import advance, paged_append_for
 from turboattention.ops.common.paged_kv import PagedKV
+from turboattention.ops.prefill.int8_prefill import Implementation, choose
 from turboattention.quant.codec import encode_pages
 
 
@@ -31,13 +33,17 @@ def decode(kv: PagedKV, implementation: str | None) -> Callable[[Tensor], Tensor
     return attend
 
 
+def prefill_implementation(q: Tensor, asked: str | None) -> str:
+    """The implementation of INT8 prefill that runs on ``q``."""
+    return asked or choose(q, None)
+
+
 def int8_prefill(q: Tensor, k: Tensor, v: Tensor, causal: bool, implementation: str | None) -> Callable[[], Tensor]:
     """A call of INT8 attention of a chunk ``[batch, heads, tokens, head_dim]`` over itself, quantisation included."""
-    from turboattention.ops.prefill import int8_prefill as operator
+    from turboattention.ops.prefill.int8_prefill import int8_prefill as operator
 
     def call() -> Tensor:
-        out: Tensor = operator(q, k, v, causal=causal, scale=q.shape[-1] ** -0.5, implementation=implementation)[0]
-        return out
+        return operator(q, k, v, causal=causal, implementation=cast(Implementation | None, implementation)).out
 
     return call
 

@@ -35,8 +35,8 @@ def measure_prefill(
     repeats: int | None = None,
 ) -> list[Row]:  # fmt: skip
     """The row of ``case`` and one for each peer."""
-    row = new_row(case, machine, adapters.implementation_of("prefill", case.implementation))
     peaked, flat = (inputs(case, device, sharp) for sharp in (1.0, 0.0))
+    row = new_row(case, machine, adapters.prefill_implementation(peaked[0], case.implementation))
     nbytes = sum(x.numel() * x.element_size() for x in peaked)
     copies = min(8, buffers_needed(nbytes, device))  # a chunk computes far longer than it reads
     buffers = [peaked]

@@ -18,6 +18,7 @@ from turboattention.report.figures import small
 from turboattention.report.files import write_atomic
 
 ROW_FAILED = 1
+WIDTH = 180  # of a table in a file or a pipe
 
 
 def bench(
@@ -66,6 +67,8 @@ def bench(
 def show(rows: Sequence[Row]) -> None:
     """Print rows as a table, and the reasons of those that failed."""
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     names = ("case", "implementation", "ms", "baseline", "ms", "ratio", "bandwidth", "error", "limit")
     table = Table(*names, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
