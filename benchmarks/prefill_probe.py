@@ -6,6 +6,8 @@ Error is relative RMS against attention over the same operands in float64 (`int8
 CUDA events over rotating inputs; rates count 4 N^2 D operations a head, half of it when causal.
 """
 
+# ruff: noqa: B023, D103, E501 - a script: closures are called before their loop goes on, names say what functions do
+
 import argparse
 import time
 

@@ -1,9 +1,9 @@
 """Variants of the INT8 prefill kernels for `compile_kernels`: the tiles that each target really gets."""
 
+from compile_kernels import TARGETS, Variant
+
 from turboattention.ops.prefill import hopper, int8_prepass, int8_triton
 from turboattention.ops.prefill.int8 import LEVELS, SMALLEST
-
-from compile_kernels import TARGETS, Variant
 
 CODES = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8"}
 SCALES = {"q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "shift_ptr": "*fp32"}

@@ -7,7 +7,6 @@ rescaled only when a row's maximum grows by 2^60 (float32 has the range), in a b
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 # Triton has no annotations, and its kernels are compiled from untyped Python.
-# ruff: noqa: N803, N806 - compile-time constants of a kernel are written in capitals, as in all Triton code
 
 import math
 
@@ -31,7 +30,7 @@ _FIRST_BASE = gl.constexpr(-1e30)
 _LN2 = gl.constexpr(math.log(2))
 
 _EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
-# Four floats that carry a factor 2^-24: converted to float16 they become subnormals whose bits are the rounded integers.
+# Four floats that carry a factor 2^-24: in float16 they are subnormals whose bits are the rounded integers.
 _PACK = gl.constexpr("""{
 .reg .b32 low, high;
 cvt.rn.f16x2.f32 low, $2, $1; cvt.rn.f16x2.f32 high, $4, $3;
@@ -103,7 +102,7 @@ def _output_layout(width):
 
 @gluon.jit
 def _factor(q_scale, k_scale, row_layout: gl.constexpr):
-    """float32 ``[ROWS, 4]``: from integers to scores. The floor keeps `_hide` sure; below it scores differ by < 0.03."""
+    """float32 ``[ROWS, 4]``: from integers to scores. Below the floor, which `_hide` needs, scores differ by < 0.03."""
     return gl.zeros([ROWS, 4], gl.float32, layout=row_layout) + gl.maximum(q_scale * k_scale, 2.0**-26)
 
 
@@ -252,7 +251,7 @@ def _compute(
 
     EARLY: issue Q K of the next tile before P is packed; better or worse by what the compiler makes of it.
     """
-    k_full, k_empty, v_full, v_empty = barriers
+    k_full, k_empty, v_full, _ = barriers
     k_buffer, v_buffer = buffers
     s_layout: gl.constexpr = _scores_layout()
     o_layout: gl.constexpr = _output_layout(WIDTH)
@@ -355,9 +354,15 @@ def attention_kernel(
         clear = gl.maximum(gl.minimum(position + 1, length), 0) // TOKENS
         clear_1 = gl.maximum(gl.minimum(position + ROWS + 1, length), 0) // TOKENS
 
-    q_shared = gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout)
-    k_buffer = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_buffer = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    q_shared = gl.allocate_shared_memory(
+        q_desc.dtype, [2, q_desc.block_type.shape[0], q_desc.block_type.shape[1]], q_desc.layout
+    )
+    k_buffer = gl.allocate_shared_memory(
+        k_desc.dtype, [STAGES, k_desc.block_type.shape[0], k_desc.block_type.shape[1]], k_desc.layout
+    )
+    v_buffer = gl.allocate_shared_memory(
+        v_desc.dtype, [STAGES, v_desc.block_type.shape[0], v_desc.block_type.shape[1]], v_desc.layout
+    )
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -52,10 +52,9 @@ def int8_prefill(
         raise invalid("scale", "a positive number", scale)
     implementation = implementation or choose(q, window)
     if implementation == "reference":
-        out = int8.int8_attention(
-            int8.quantise_chunk(q, k, v, scale, sequences), causal=causal, window=window, dtype=torch.float32
-        )
-        return AttentionOutput(out.out.to(q.dtype), out.lse)
+        chunk = int8.quantise_chunk(q, k, v, scale, sequences)
+        exact = int8.int8_attention(chunk, causal=causal, window=window, dtype=torch.float32)
+        return AttentionOutput(exact.out.to(q.dtype), exact.lse)
     _check_implementation(implementation, q, window)
     try:
         from turboattention.ops.prefill import int8_prepass, int8_triton

@@ -6,7 +6,6 @@ each program and adds the parts up where it needs the mean.
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 # Triton has no annotations, and its kernels are compiled from untyped Python.
-# ruff: noqa: N803, N806 - compile-time constants of a kernel are written in capitals, as in all Triton code
 
 import torch
 import triton
@@ -50,8 +49,8 @@ def sum_keys(
     if not PACKED:
         base += number.to(tl.int64) * stride_b
     total = tl.zeros([WIDTH], tl.float32)
-    for begin in range(part * size, end, 32):
-        tokens = begin + tl.arange(0, 32)
+    for begin in range(part * size, end, 64):
+        tokens = begin + tl.arange(0, 64)
         at = base + (first + tokens).to(tl.int64)[:, None] * stride_t + channels[None, :] * stride_d
         x = tl.load(at, mask=(tokens < end)[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
         total += tl.sum(x.to(tl.float32), 0)
@@ -66,9 +65,9 @@ def _mean(parts_ptr, row, length, WIDTH: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _codes(x, top, LEVELS: tl.constexpr):
-    """Integers of x where ``top`` is the largest magnitude; ties to even by adding 1.5 * 2^23."""
+    """Integers of x where ``top`` is the largest magnitude; ties to even by adding 1.5 * 2^23, whose low byte then holds them."""
     inverse = tl.math.div_rn(tl.zeros_like(top) + LEVELS, top)
-    return ((x * inverse + 12582912.0) - 12582912.0).to(tl.int8)
+    return (x * inverse + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["longest_q", "longest_k"])
@@ -102,14 +101,14 @@ def quantise(
             at = base + (first + tokens).to(tl.int64)[:, None] * q_stride_t + channels[None, :] * q_stride_d
             x = tl.load(at, mask=(tokens < length)[:, None] & real, other=0.0).to(tl.float32)
             mean = _mean(parts_ptr, number * kv_heads + which // (heads // kv_heads), length_k, WIDTH, PARTS)
-            to = which.to(tl.int64) * padded_q + start + tokens
-            tl.store(shift_ptr + to, tl.sum(x * mean[None, :], 1) * scale)
+            to_q = which.to(tl.int64) * padded_q + start + tokens
+            tl.store(shift_ptr + to_q, tl.sum(x * mean[None, :], 1) * scale)
             x = x * factor
-            top = tl.maximum(tl.max(tl.max(tl.abs(x), 1).reshape(2, 64), 1), SMALLEST)
-            codes = _codes(x.reshape(2, 64, WIDTH), top[:, None, None], LEVELS).reshape(128, WIDTH)
-            tl.store(q8_ptr + to[:, None] * WIDTH + channels[None, :], codes)
-            to = which * (padded_q // 64) + (start // 64 + block * 2) + tl.arange(0, 2)
-            tl.store(q_scale_ptr + to, tl.math.div_rn(top, tl.zeros_like(top) + LEVELS))
+            top_q = tl.maximum(tl.max(tl.max(tl.abs(x), 1).reshape(2, 64), 1), SMALLEST)
+            codes_q = _codes(x.reshape(2, 64, WIDTH), top_q[:, None, None], LEVELS).reshape(128, WIDTH)
+            tl.store(q8_ptr + to_q[:, None] * WIDTH + channels[None, :], codes_q)
+            to_q = which * (padded_q // 64) + (start // 64 + block * 2) + tl.arange(0, 2)
+            tl.store(q_scale_ptr + to_q, tl.math.div_rn(top_q, tl.zeros_like(top_q) + LEVELS))
     elif block * 128 < length_k:
         if which < heads + kv_heads:
             head = which - heads
@@ -122,11 +121,11 @@ def quantise(
             x = tl.load(at, mask=seen, other=0.0).to(tl.float32)
             mean = _mean(parts_ptr, number * kv_heads + head, length_k, WIDTH, PARTS)
             x = tl.where(seen, x - mean[None, :], 0.0)
-            top = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
-            to = head.to(tl.int64) * padded_k + start_k + tokens
-            tl.store(k8_ptr + to[:, None] * WIDTH + channels[None, :], _codes(x, top, LEVELS))
+            top_k = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
+            to_k = head.to(tl.int64) * padded_k + start_k + tokens
+            tl.store(k8_ptr + to_k[:, None] * WIDTH + channels[None, :], _codes(x, top_k, LEVELS))
             to_scale = k_scale_ptr + head * (padded_k // 128) + start_k // 128 + block
-            tl.store(to_scale, tl.math.div_rn(top, tl.zeros_like(top) + LEVELS))
+            tl.store(to_scale, tl.math.div_rn(top_k, tl.zeros_like(top_k) + LEVELS))
         else:
             head = which - heads - kv_heads
             # Stored position 16a + 4c + 2b + d holds token 16a + 8b + 2c + d: read in that order, then transpose.
@@ -137,12 +136,12 @@ def quantise(
                 base += number.to(tl.int64) * v_stride_b
             at = base + (first_k + tokens).to(tl.int64)[:, None] * v_stride_t + channels[None, :] * v_stride_d
             x = tl.load(at, mask=(tokens < length_k)[:, None] & real, other=0.0).to(tl.float32)
-            top = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
-            codes = tl.trans(_codes(x, top, LEVELS))
-            to = (head * WIDTH + channels).to(tl.int64)[:, None] * padded_k
-            tl.store(v8_ptr + to + (start_k + block * 128 + rows)[None, :], codes)
+            top_v = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
+            codes_v = tl.trans(_codes(x, top_v, LEVELS))
+            to_v = (head * WIDTH + channels).to(tl.int64)[:, None] * padded_k
+            tl.store(v8_ptr + to_v + (start_k + block * 128 + rows)[None, :], codes_v)
             to_scale = v_scale_ptr + head * (padded_k // 128) + start_k // 128 + block
-            tl.store(to_scale, tl.math.div_rn(top, tl.zeros_like(top) + LEVELS))
+            tl.store(to_scale, tl.math.div_rn(top_v, tl.zeros_like(top_v) + LEVELS))
 
 
 def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Sequences | None = None) -> Int8Chunk:

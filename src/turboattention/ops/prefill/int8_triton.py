@@ -6,7 +6,6 @@ every tile uses all 127 levels; the int32 product of a tile is added to the outp
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 # Triton has no annotations, and its kernels are compiled from untyped Python.
-# ruff: noqa: N803, N806 - compile-time constants of a kernel are written in capitals, as in all Triton code
 
 import math
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 from turboattention.ops.prefill.int8 import LEVELS, Int8Chunk
 from turboattention.ops.prefill.int8_prepass import locate
 
-# Four floats that carry a factor 2^-24: converted to float16 they become subnormals whose bits are the rounded integers.
+# Four floats that carry a factor 2^-24: in float16 they are subnormals whose bits are the rounded integers.
 _PACK = tl.constexpr("""{
 .reg .b32 low, high;
 cvt.rn.f16x2.f32 low, $2, $1; cvt.rn.f16x2.f32 high, $4, $3;
@@ -36,7 +35,8 @@ _LN2 = tl.constexpr(math.log(2))
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the kernel is cut: query rows and tokens of a tile, channels of the output at a time (all or half), warps, stages of the pipeline of loads.
+    """How the kernel is cut: query rows and tokens of a tile, channels of the output at a time (all or half of them),
+    warps, stages of the pipeline of loads.
 
     float_by_add: turn int32 into float32 by adding to the bits of 1.5 * 2^23, where the conversion shares a slow unit
     with the exponential. assembly: inline PTX for rounding and row sums.
@@ -79,7 +79,7 @@ def _exact_float(x, BY_ADD: tl.constexpr):
 
 @triton.jit
 def _integers(p, ASSEMBLY: tl.constexpr):
-    """int8 of probabilities 0 .. 127 (with ASSEMBLY: of these times 2^-24), and the sums of the integers of each row."""
+    """int8 of probabilities 0 .. 127 (with ASSEMBLY: of these times 2^-24), and the sum of each row of integers."""
     if ASSEMBLY:
         codes = tl.inline_asm_elementwise(_PACK, "=r,f,f,f,f", [p], tl.int8, is_pure=True, pack=4)
         sums = tl.inline_asm_elementwise(_SUM, "=r,=r,=r,=r,r", [codes], tl.int32, is_pure=True, pack=4)
@@ -91,7 +91,7 @@ def _integers(p, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _in_operand_order(x, M: tl.constexpr, N: tl.constexpr):
-    """Columns in the stored order of V's tokens: what a thread holds is then its part of the next product's operand."""
+    """Columns in the stored order of V's tokens: what a thread holds is its part of the next product's operand."""
     x = tl.reshape(x, [M, N // 32, 2, 2, 4, 2])
     return tl.reshape(tl.permute(x, [0, 1, 2, 4, 3, 5]), [M, N])
 
@@ -166,7 +166,7 @@ def attention_kernel(
     # Causal rows see more tokens the later they are: the longest first, so that no long one is left at the end.
     block = tl.num_programs(1) - 1 - tl.program_id(1) if CAUSAL else tl.program_id(1)
     first_q, length_q, start_q = locate(cu_q_ptr, number, longest_q, PACKED)
-    first_k, length, start_k = locate(cu_k_ptr, number, longest_k, PACKED)
+    _, length, start_k = locate(cu_k_ptr, number, longest_k, PACKED)
     if block * M >= length_q:
         return
     padded_k = tl.multiple_of(padded_k, 128)
@@ -243,7 +243,7 @@ def attention_kernel(
 def attention(
     chunk: Int8Chunk, out: Tensor, lse: Tensor, *, causal: bool, window: int | None = None, tiles: Tiles | None = None
 ) -> None:
-    """Attention over the operands, written into ``out`` (like q, any strides) and ``lse``; see `int8.int8_attention`."""
+    """Attention over the operands, written into ``out`` (like q, any strides) and ``lse``: `int8.int8_attention`."""
     sequences = chunk.sequences
     packed = sequences.is_packed
     heads, _, width = chunk.q.shape
