@@ -16,7 +16,9 @@ from turboattention.errors import invalid
 from turboattention.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from turboattention.quant.packing import packed_bytes
 
-PAGE_ALIGNMENT = 16  # bytes: one vector load
+# A page begins at a cache line: pages of 64 bytes more or less cost 4 % of the bandwidth of a GPU.
+PAGE_ALIGNMENT = 128
+REGION_ALIGNMENT = 64  # at most: vector loads, and slices of shared memory
 
 
 class Region(NamedTuple):
@@ -34,20 +36,29 @@ class Region(NamedTuple):
         return count * self.dtype.itemsize
 
 
-def _alignment(region: Region) -> int:
-    """The largest power of two, at most PAGE_ALIGNMENT, that divides the size."""
-    return min(PAGE_ALIGNMENT, region.nbytes & -region.nbytes)
+def _aligned(offset: int, region: Region) -> int:
+    """The next offset that is a multiple of the largest power of two, at most REGION_ALIGNMENT, in the region's size."""
+    alignment = min(REGION_ALIGNMENT, region.nbytes & -region.nbytes)
+    return -(-offset // alignment) * alignment
+
+
+def _place(name: str) -> int:
+    """Order of the regions: codes, vectors of K, what is small, vectors of V (whose alignment the small ones fill up)."""
+    if name in ("key_codes", "value_codes"):
+        return 0
+    if name in ("key_scale", "key_zero", "key_refined_codes"):
+        return 1
+    return 3 if name in ("value_scale", "value_zero") else 2
 
 
 @dataclass(frozen=True)
 class PageLayout:
     """The layout of one page.
 
-    Order: codes of K, codes of V, then metadata and refined codes, those with the largest alignment first (so that every
-    long region can be read in vectors), padding to 16 bytes. K codes are
-    ``[tokens, D * bits / 8]``; V codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of
-    `packing.permute_tokens`; refined codes are ``[channels, tokens * bits / 8]`` with their channels in
-    ``refined_index``.
+    Order: codes of K, codes of V, scales, zeros and refined codes of K, numbers of the page, scales and zeros of V; each
+    aligned to its own size (at most 64 bytes), the page to 128 bytes. K codes are ``[tokens, D * bits / 8]``; V codes
+    are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of `packing.permute_tokens`; refined codes are
+    ``[channels, tokens * bits / 8]`` with their channels in ``refined_index``.
     """
 
     page_size: int
@@ -79,12 +90,11 @@ class PageLayout:
         wanted: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         for side, fmt in (("key", self.key), ("value", self.value)):
             wanted += [(f"{side}_{name}", shape, dtype) for name, shape, dtype in self._fields(side, fmt)]
-        codes = [field for field in wanted if field[0] in ("key_codes", "value_codes")]
-        rest = sorted((f for f in wanted if f not in codes), key=lambda field: -_alignment(Region(0, *field[1:])))
-        regions, offset = {}, 0
-        for name, shape, dtype in codes + rest:
-            regions[name] = Region(offset, shape, dtype)
-            offset += regions[name].nbytes
+        regions, end = {}, 0
+        for name, shape, dtype in sorted(wanted, key=lambda field: _place(field[0])):
+            start = _aligned(end, Region(0, shape, dtype))
+            regions[name] = Region(start, shape, dtype)
+            end = start + regions[name].nbytes
         return regions
 
     def _fields(self, side: str, fmt: TensorFormat) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -113,8 +123,17 @@ class PageLayout:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of a page, metadata and padding included."""
-        used = sum(region.nbytes for region in self.regions.values())
-        return -(-used // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+        end = max(region.offset + region.nbytes for region in self.regions.values())
+        return -(-end // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+
+    @cached_property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Runs of bytes (start, end) of a page that belong to no region; they are zero."""
+        gaps, end = [], 0
+        for region in sorted(self.regions.values(), key=lambda region: region.offset):
+            gaps += [(end, region.offset)] if region.offset > end else []
+            end = region.offset + region.nbytes
+        return (*gaps, (end, self.nbytes)) if self.nbytes > end else tuple(gaps)
 
     @property
     def num_values(self) -> int:

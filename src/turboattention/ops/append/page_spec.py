@@ -18,13 +18,14 @@ class PageSpec:
 
     key_width: channels of a run of K, rounded up to a power of two (head_dim 80 and 96 leave gaps between the runs).
     value_width: channels of V, rounded up to a power of two. rotation: width of a Hadamard block; 1 without rotation.
-    used: bytes before the padding. The other numbers are offsets of the regions with the same names.
+    gap_starts, gap_ends: bytes of no region. The other numbers are offsets of the regions with the same names.
     """
 
     page_size: int
     head_dim: int
     nbytes: int
-    used: int
+    gap_starts: tuple[int, ...]
+    gap_ends: tuple[int, ...]
     key_bits: int
     key_search: bool
     key_parts: int
@@ -94,7 +95,8 @@ def page_spec(layout: PageLayout) -> PageSpec:
         page_size=layout.page_size,
         head_dim=layout.head_dim,
         nbytes=layout.nbytes,
-        used=sum(region.nbytes for region in regions.values()),
+        gap_starts=tuple(start for start, _ in layout.gaps),
+        gap_ends=tuple(end for _, end in layout.gaps),
         key_bits=key.bits,
         key_search=key.search,
         key_parts=PARTS[key.bits],

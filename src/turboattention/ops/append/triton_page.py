@@ -107,8 +107,9 @@ def encode_key(x, valid, power, page, S: tl.constexpr):
     else:
         codes = rounded((x - zero[None, :]) * tl.div_rn(1.0, tl.maximum(scale, TINY))[None, :], 0.0, TOP * 1.0)
     _store_key_codes(codes, page + S.key_codes, S)
-    padding = S.used + tl.arange(0, 16)
-    tl.store(page + padding, tl.zeros_like(padding).to(tl.uint8), padding < S.nbytes)
+    for i in tl.static_range(len(S.gap_starts)):
+        gap = S.gap_starts[i] + tl.arange(0, 128)
+        tl.store(page + gap, tl.zeros_like(gap).to(tl.uint8), gap < S.gap_ends[i])
     return tl.where(fault == 0, beyond, fault)
 
 

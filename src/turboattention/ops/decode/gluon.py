@@ -1,0 +1,544 @@
+"""Decode for NVIDIA GPUs from sm_80 on, in Gluon: one warp a block, codes read as they lie in the page.
+
+Codes become float16 *subnormals* by one AND for two codes (bits 0-3 of a 16-bit lane are code * 2^-24); the powers of
+two are folded into Q and into the result, and the matrix units take subnormal operands without loss. Tokens (in Q K^T)
+and channels (in P V) are the 16-row side of ``mma.m16n8k16``, the query heads of a KV head its 8-column side. Which
+thread holds what: `gluon_layouts`. Maths and measurements: README.md beside.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from turboattention.ops.decode import gluon_layouts as lay
+from turboattention.ops.decode.work import row_programs, sequence_work
+
+_sequence_work = gluon.jit(sequence_work.fn)
+_row_programs = gluon.jit(row_programs.fn)
+
+LOWEST = gl.constexpr(-1e30)
+EXACT_TILE = gl.constexpr(16)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _join_all(parts):
+    if len(parts) == 1:
+        return parts[0]
+    elif len(parts) == 2:
+        return gl.join(parts[0], parts[1])
+    elif len(parts) == 4:
+        return gl.join(gl.join(parts[0], parts[1]), gl.join(parts[2], parts[3]))
+    else:
+        low = gl.join(gl.join(parts[0], parts[1]), gl.join(parts[2], parts[3]))
+        high = gl.join(gl.join(parts[4], parts[5]), gl.join(parts[6], parts[7]))
+        return gl.join(low, high)
+
+
+@gluon.jit
+def _unpack(words, BITS: gl.constexpr):
+    """Codes of 16-bit words as float16 subnormals: trailing dimensions are the part of the byte and the byte."""
+    ASM: gl.constexpr = lay.mask_asm(BITS)
+    if BITS == 8:
+        types: gl.constexpr = (gl.float16, gl.float16)
+        parts = gl.inline_asm_elementwise(ASM, lay.constraints(2, 1), [words], types, True, 2)
+    elif BITS == 4:
+        types: gl.constexpr = (gl.float16, gl.float16, gl.float16, gl.float16)
+        parts = gl.inline_asm_elementwise(ASM, lay.constraints(4, 1), [words], types, True, 2)
+    else:
+        types: gl.constexpr = (gl.float16,) * 8
+        parts = gl.inline_asm_elementwise(ASM, lay.constraints(8, 1), [words], types, True, 2)
+    return _join_all(parts)
+
+
+@gluon.jit
+def _signed_bytes(words):
+    """Signed bytes plus 128 as subnormals."""
+    ASM: gl.constexpr = (
+        "{ .reg .b32 x; xor.b32 x, $2, 0x80808080; and.b32 $0, x, 0x00ff00ff; shr.u32 x, x, 8; and.b32 $1, x, 0x00ff00ff; }"
+    )
+    return _join_all(gl.inline_asm_elementwise(ASM, lay.constraints(2, 1), [words], (gl.float16, gl.float16), True, 2))
+
+
+@gluon.jit
+def _transpose_blocks(p):
+    """Swap rows and columns of every 8 x 8 block of an accumulator fragment."""
+    ASM: gl.constexpr = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
+    return gl.inline_asm_elementwise(ASM, "=r,r", [p], gl.float16, True, 2)
+
+
+@gluon.jit
+def _as_operand(p, layout: gl.constexpr):
+    """P from the accumulator of Q K^T to the second operand of P V."""
+    M: gl.constexpr = p.shape[0]
+    N: gl.constexpr = p.shape[1]
+    swapped = _transpose_blocks(p).reshape(M // 8, 8, N // 8, 8).permute(0, 3, 2, 1).reshape(M, N)
+    return gl.convert_layout(swapped, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _exp2(x):
+    """``2^x`` on the special-function unit; results below 2^-126 become 0, which saves two instructions of three."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
+def _rest_of_product(a, b, rounded):
+    """``a * b - rounded`` with one rounding: what a float16 product lost."""
+    ASM: gl.constexpr = "{ .reg .b32 n; neg.f16x2 n, $3; fma.rn.f16x2 $0, $1, $2, n; }"
+    return gl.inline_asm_elementwise(ASM, "=r,r,r,r", [a, b, rounded], gl.float16, True, 2)
+
+
+@gluon.jit
+def _launch_dependents():
+    one = gl.full([32], 0, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    ASM: gl.constexpr = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(ASM, "=r,r", [one], gl.int32, False, 1)
+
+
+@gluon.jit
+def _scalar(memory):
+    """One float16 of shared memory as a float32 scalar in every lane."""
+    one: gl.constexpr = gl.DistributedLinearLayout([], [[0], [0], [0], [0], [0]], [], [], [1])
+    return gl.max(memory.load(one).to(gl.float16, bitcast=True).to(gl.float32), 0)
+
+
+@gluon.jit
+def _copy(memory, source, WORDS: gl.constexpr, limit):
+    """Start the copy of up to WORDS words of a page; words from ``limit`` on are not read."""
+    index = gl.arange(0, WORDS, layout=lay.copy_layout(WORDS))
+    async_copy.async_copy_global_to_shared(memory, source + index, mask=index < limit)
+
+
+@gluon.jit
+def _copy_all(memory, source, WORDS: gl.constexpr):
+    index = gl.arange(0, WORDS, layout=lay.copy_layout(WORDS))
+    async_copy.async_copy_global_to_shared(memory, source + index)
+
+
+@gluon.jit
+def _copy_page(kbuf, vbuf, mbuf, slot, page, C: gl.constexpr):
+    _copy_all(kbuf.index(slot), page + C.key_codes, C.key_words)
+    _copy_all(vbuf.index(slot), page + C.value_codes, C.value_words)
+    _copy(mbuf.index(slot), page + C.metadata, C.metadata_words, C.page_words - C.metadata)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def decode_kernel(
+    q_ptr, pool_ptr, table_ptr, lengths_ptr, page_tokens_ptr, starts_ptr, heads_ptr,
+    tail_key_ptr, tail_value_ptr, sink_key_ptr, sink_value_ptr, part_ptr, lse_ptr,
+    q_batch, q_head, table_batch, table_head, tail_batch, tail_head, tail_token, sink_batch, sink_head, sink_token,
+    tail_capacity, batch, heads, programs, window, softcap, qscale,
+    C: gl.constexpr, BATCH: gl.constexpr, PAGED: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr,
+    STARTS: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """One partial result: of some pages or of some exact tokens of a row (see `work`)."""
+    if PDL:
+        _launch_dependents()
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    rows = gl.arange(0, BATCH, layout=flat)
+    inside = rows < batch
+    length_of = gl.load(lengths_ptr + rows, mask=inside, other=0)
+    paged_of = gl.load(page_tokens_ptr + rows, mask=inside, other=0)
+    start_of = gl.zeros([BATCH], gl.int32, layout=flat)
+    if STARTS:
+        start_of = gl.load(starts_ptr + rows, mask=inside, other=0)
+    exact_of, pages_of, _ = _sequence_work(length_of, paged_of, start_of, window, 1, 64, SINKS, WINDOW)
+    pages_of = gl.where(inside, pages_of, 0)
+    exact_of = gl.where(inside, exact_of, 0)
+    all_pages = gl.sum(pages_of, 0) * heads
+    for_pages_of, for_exact_of = _row_programs(exact_of, pages_of, all_pages, programs, C.exact_tokens, C.least_pages)
+    ends = gl.associative_scan(for_pages_of + for_exact_of, 0, _add) * heads
+    part = gl.program_id(0)
+    row = gl.sum((ends <= part).to(gl.int32), 0)
+    if row < batch:
+        first = gl.max(gl.where(rows < row, ends, 0), 0)
+        length = gl.load(lengths_ptr + row)
+        page_tokens = gl.load(page_tokens_ptr + row)
+        start = gl.load(starts_ptr + row) if STARTS else 0
+        exact, pages, lower = _sequence_work(length, page_tokens, start, window, 1, 64, SINKS, WINDOW)
+        for_pages, for_exact = _row_programs(exact, pages, all_pages, programs, C.exact_tokens, C.least_pages)
+        head = (part - first) // (for_pages + for_exact)
+        index = (part - first) % (for_pages + for_exact)
+        kv_head = gl.load(heads_ptr + head // C.head_blocks)
+        far_row = row.to(gl.int64)
+        q_ptr += far_row * q_batch
+        if index < for_pages:
+            begin = pages * index // for_pages
+            count = pages * (index + 1) // for_pages - begin
+            _pages(
+                q_ptr, pool_ptr, table_ptr + far_row * table_batch, kv_head, row, head, lower // 64 + begin, count,
+                lower, part_ptr, lse_ptr, part, q_head, table_head, softcap, qscale, C, PAGED, SOFTCAP,
+            )  # fmt: skip
+        else:
+            begin = (index - for_pages) * C.exact_tokens
+            _exact(
+                q_ptr, kv_head, head, begin, gl.minimum(begin + C.exact_tokens, exact), exact, length, page_tokens,
+                start, tail_key_ptr + far_row * tail_batch, tail_value_ptr + far_row * tail_batch,
+                sink_key_ptr + far_row * sink_batch, sink_value_ptr + far_row * sink_batch, part_ptr, lse_ptr, part,
+                q_head, tail_head, tail_token, sink_head, sink_token, tail_capacity, window, softcap, qscale,
+                C, RING, SINKS, WINDOW, SOFTCAP,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _query_rows(q_ptr, kv_head, head, q_head, layout: gl.constexpr, C: gl.constexpr):
+    """Pointers to the queries of a block of query heads, padded with the last one."""
+    N: gl.constexpr = C.columns
+    column = gl.arange(0, N, layout=layout)
+    first = (head % C.head_blocks) * N
+    index = kv_head * C.ratio + first + gl.minimum(column, C.ratio - 1 - first)
+    return q_ptr + gl.expand_dims(index.to(gl.int64) * q_head, 0)
+
+
+@gluon.jit
+def _unit(q):
+    """A power of two for each column that brings its largest value into (0.5, 1]."""
+    return gl.exp2(gl.ceil(gl.log2(gl.maximum(gl.max(gl.abs(q), 0), 1e-30))))
+
+
+@gluon.jit
+def _store(part_ptr, lse_ptr, part, out, m, total, head, mma: gl.constexpr, C: gl.constexpr):
+    """A partial result ``[head_dim, columns]`` in the order ``[column][channel]``, and its LSE in log2 units."""
+    N: gl.constexpr = C.columns
+    column = gl.arange(0, N, layout=gl.SliceLayout(0, mma))
+    channel = gl.expand_dims(gl.arange(0, C.head_dim, layout=gl.SliceLayout(1, mma)), 1)
+    real = column < C.ratio - (head % C.head_blocks) * N
+    at = part.to(gl.int64) * N + column
+    gl.store(part_ptr + gl.expand_dims(at * C.head_dim, 0) + channel, out, mask=gl.expand_dims(real, 0))
+    gl.store(lse_ptr + at, gl.where(total > 0, m + gl.log2(total), LOWEST), mask=real)
+
+
+@gluon.jit
+def _pages(
+    q_ptr, pool_ptr, table_ptr, kv_head, row, head, page0, count, lower, part_ptr, lse_ptr, part, q_head, table_head,
+    softcap, qscale, C: gl.constexpr, PAGED: gl.constexpr, SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """Pages ``page0 .. page0 + count`` of one row; tokens before ``lower`` are not seen."""
+    D: gl.constexpr = C.head_dim
+    N: gl.constexpr = C.columns
+    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    kbuf = gl.allocate_shared_memory(gl.int16, [C.stages, C.key_words], words)
+    vbuf = gl.allocate_shared_memory(gl.int16, [C.stages, C.value_words], words)
+    mbuf = gl.allocate_shared_memory(gl.int16, [C.stages, C.metadata_words], words)
+
+    KB: gl.constexpr = C.key_bits
+    VB: gl.constexpr = C.value_bits
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    of_head: gl.constexpr = gl.SliceLayout(0, mma)
+    # Scores as [block of eight rows, row, head]: a lane holds one row of every block.
+    blocks: gl.constexpr = gl.zeros([64, N], gl.float32, layout=mma).reshape(8, 8, N).type.layout
+    part_sum: gl.constexpr = gl.SliceLayout(0, blocks)
+    group = head // C.head_blocks
+
+    # Pages in flight first: their latency hides behind the preparation of Q.
+    table = table_ptr + group.to(gl.int64) * table_head + page0
+    base = (row * C.groups + group).to(gl.int64) * table_head + page0
+    for i in gl.static_range(C.stages - 1):
+        if i < count:
+            page = gl.load(table + i).to(gl.int64) if PAGED else base + i
+            _copy_page(kbuf, vbuf, mbuf, i, pool_ptr + page * C.page_words, C)
+        else:
+            async_copy.commit_group()
+
+    # Q in the order of the columns of K, scaled by a power of two so that its largest value is in (0.5, 1].
+    k_index = gl.arange(0, D, layout=gl.SliceLayout(1, right))
+    q_rows = _query_rows(q_ptr, kv_head, head, q_head, gl.SliceLayout(0, right), C)
+    channel = (k_index & 1) * 2 + ((k_index >> 1) & 3) * (C.key_row_words // 2) + ((k_index >> 3) & 1)
+    part_of_k = (k_index >> 4) & (C.key_parts - 1)
+    channel += part_of_k * (D // C.key_parts) + (k_index // (16 * C.key_parts)) * 4
+    qf = gl.load(q_rows + gl.expand_dims(channel, 1)).to(gl.float32)
+    unit = _unit(qf)
+    shrink = 1.0 / unit
+    qn = qf * gl.expand_dims(shrink, 0)
+    q_zero = qn.to(gl.float16)
+    # Part h of a byte is code * 2^(bits * h): taken back here.
+    lift = gl.exp2((15 - part_of_k * KB).to(gl.float32))
+    q_code = (qn * gl.expand_dims(lift, 1)).to(gl.float16)
+    qsum8 = gl.convert_layout(gl.sum(q_zero.to(gl.float32), 0), gl.SliceLayout(0, part_sum)) * 128.0
+    factor = gl.convert_layout(unit, of_head) * qscale
+
+    l = gl.zeros([8, N], gl.float32, layout=part_sum)
+    acc = gl.zeros([D, N], gl.float32, layout=mma)
+    ones_sum = gl.zeros([16, N], gl.float32, layout=mma)
+    v_unit = 1.0  # acc and ones_sum are in units of this; it follows the V scale of the latest page
+
+    # A row of "codes" 1 in the scale of each part: sums the rounded P, which the zero of V belongs to.
+    col = gl.arange(0, 64, layout=gl.SliceLayout(0, left))
+    one_bits = (1 << ((col >> C.part_bit) & (C.value_parts - 1)) * VB).to(gl.int16)
+    ones = gl.expand_dims(one_bits.to(gl.float16, bitcast=True), 0) + gl.zeros([16, 64], gl.float16, layout=left)
+    mrow = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    v_lift = gl.exp2((-((mrow >> C.part_bit) & (C.value_parts - 1)) * VB).to(gl.float32))
+    of_block = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, blocks)))
+    in_block = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks)))
+    token = _token_of_row(gl.expand_dims(of_block, 1) * 8 + gl.expand_dims(in_block, 0), VB)
+    token = gl.expand_dims(token, 2)
+    m8 = gl.full([N], LOWEST, gl.float32, layout=gl.SliceLayout(0, part_sum))
+
+    limit = count - 1
+    ahead = base + gl.minimum(C.stages - 1, limit)
+    if PAGED:
+        ahead = gl.load(table + gl.minimum(C.stages - 1, limit)).to(gl.int64)
+    if C.refined_channels > 0:
+        # Q and scale of the refined channels are fetched one page ahead, their index two.
+        r_index, r_page = _refined_index(pool_ptr, table, base, 0, limit, PAGED, right, C)
+        rq, rs = _refined_operands(q_rows, shrink, pool_ptr, r_index, r_page, right, C)
+        r_index, r_page = _refined_index(pool_ptr, table, base, 1, limit, PAGED, right, C)
+    cur = 0
+    for i in range(count):
+        async_copy.wait_group(C.stages - 2)
+        into = cur + C.stages - 1
+        into = gl.where(into >= C.stages, into - C.stages, into)
+        if i + C.stages - 1 < count:
+            _copy_page(kbuf, vbuf, mbuf, into, pool_ptr + ahead * C.page_words, C)
+        else:
+            async_copy.commit_group()
+        ahead = base + gl.minimum(i + C.stages, limit)
+        if PAGED:
+            ahead = gl.load(table + gl.minimum(i + C.stages, limit)).to(gl.int64)
+        kmem = kbuf.index(cur)
+        vmem = vbuf.index(cur)
+        meta = mbuf.index(cur)
+
+        scale = _unpack(meta.slice(0, D // 2).load(lay.key_scale_layout(D, KB)), 8)
+        scale = scale.reshape(lay.twos(D)).permute(lay.key_scale_order(D, KB).value).reshape(D)
+        scale = gl.convert_layout(scale, gl.SliceLayout(1, right), assert_trivial=True)
+        scale = gl.expand_dims(scale, 1) + gl.zeros([D, N], gl.float16, layout=right)
+        qs = q_code * scale
+        # What rounding took away goes through a product of its own: an outlier channel would feel it.
+        qs_rest = _rest_of_product(q_code, scale, qs)
+        zero = _signed_bytes(meta.slice(D // 2, D // 2).load(lay.key_scale_layout(D, KB)))
+        zero = zero.reshape(lay.twos(D)).permute(lay.key_scale_order(D, KB).value).reshape(D)
+        zero = gl.convert_layout(zero, gl.SliceLayout(0, left), assert_trivial=True)
+        zeros = gl.expand_dims(zero, 0) + gl.zeros([16, D], gl.float16, layout=left)
+        c = mma_v2(zeros, q_zero, gl.zeros([16, N], gl.float32, layout=mma))
+
+        codes = _unpack(kmem.load(lay.key_codes_layout(D, KB, VB)), KB)
+        codes = codes.reshape(lay.twos(64 * D)).permute(lay.key_codes_order(D, KB, VB).value).reshape(64, D)
+        codes = gl.convert_layout(codes, left, assert_trivial=True)
+        # Two sums of their own: twice as many products in flight.
+        x = mma_v2(codes, qs, gl.zeros([64, N], gl.float32, layout=mma))
+        x += mma_v2(codes, qs_rest, gl.zeros([64, N], gl.float32, layout=mma))
+        if C.refined_channels > 0:
+            fine = _refined_codes(meta, left, C)
+            x = mma_v2(fine, (rq * gl.expand_dims(rs, 1)).to(gl.float16), x)
+            rq, rs = _refined_operands(q_rows, shrink, pool_ptr, r_index, r_page, right, C)
+            r_index, r_page = _refined_index(pool_ptr, table, base, i + 2, limit, PAGED, right, C)
+
+        k_scale = _scalar(meta.slice(C.key_page_scale, 1)) * (2.0**33 / 255.0)
+        k_zero = _scalar(meta.slice(C.key_page_zero, 1)) * (1.0 / 127.0)
+        v_scale = _scalar(meta.slice(C.value_page_scale, 1))
+        # Every row of c holds the same numbers: each lane finds those of its heads in its own registers.
+        a = gl.convert_layout(factor, gl.SliceLayout(0, part_sum), assert_trivial=True)
+        b = gl.convert_layout(gl.max(c.reshape(2, 8, N), 0), part_sum, assert_trivial=True) * 16777216.0
+        b = (b - gl.expand_dims(qsum8, 0)) * gl.expand_dims(a * k_zero, 0)
+        a = a * k_scale
+        # In blocks of eight rows: a lane holds one row of each block, so that only the last step crosses lanes.
+        x = gl.convert_layout(x.reshape(8, 8, N), blocks, assert_trivial=True)
+        y = x * gl.expand_dims(gl.expand_dims(a, 0), 0) + gl.expand_dims(b, 0)
+        if SOFTCAP:
+            y = _cap(y, softcap)
+        if (page0 + i) * 64 < lower:
+            y = gl.where((page0 + i) * 64 + token >= lower, y, LOWEST)
+        top = gl.maximum(gl.max(gl.max(y, 0), 0), m8)
+        fall8 = _exp2(m8 - top)
+        m8 = top
+        p = _exp2(y - gl.expand_dims(gl.expand_dims(top, 0), 0))
+        l = l * gl.expand_dims(fall8, 0) + gl.sum(p, 0)
+        fall = gl.convert_layout(fall8, of_head, assert_trivial=True)
+        p = gl.convert_layout(p.reshape(64, N), mma, assert_trivial=True)
+
+        vs = _unpack(meta.slice(C.value_scale, 32).load(lay.value_scale_layout(VB)), 8)
+        vs = vs.reshape(lay.twos(64)).permute(lay.value_scale_order(VB).value).reshape(64)
+        vs = gl.convert_layout(vs, gl.SliceLayout(1, mma), assert_trivial=True).to(gl.int16, bitcast=True)
+        # A page of zeros has page scale 0: its P is 0 and the unit stays a number.
+        vs = vs.to(gl.float32) * (v_lift * gl.where(v_scale > 0, 1.0, 0.0))
+        v_scale = gl.maximum(v_scale, 5.9604645e-08)
+        ratio = fall * (v_unit / v_scale)
+        v_unit = v_scale
+        p = (p * gl.expand_dims(vs, 1)).to(gl.float16)
+        p = _as_operand(p, right)
+        values = _unpack(vmem.load(lay.value_codes_layout(D, VB)), VB)
+        values = values.reshape(lay.twos(64 * D)).permute(lay.value_codes_order(D, VB).value).reshape(D, 64)
+        values = gl.convert_layout(values, left, assert_trivial=True)
+        # From zero for every page: the matrix unit truncates when it adds, which would bias long sums.
+        new = mma_v2(values, p, gl.zeros([D, N], gl.float32, layout=mma))
+        acc = acc * gl.expand_dims(ratio, 0) + new
+        new = mma_v2(ones, p, gl.zeros([16, N], gl.float32, layout=mma))
+        ones_sum = ones_sum * gl.expand_dims(ratio, 0) + new
+        cur = gl.where(cur + 1 >= C.stages, 0, cur + 1)
+    async_copy.wait_group(0)
+
+    total = gl.convert_layout(gl.sum(l, 0), of_head)
+    middle = gl.max(ones_sum, 0) * (0.5 * ((1 << VB) - 1))
+    out = (acc - gl.expand_dims(middle, 0)) * gl.expand_dims(v_unit * (2.0**24 / 255.0) / total, 0)
+    m = gl.convert_layout(m8, of_head, assert_trivial=True)
+    _store(part_ptr, lse_ptr, part, out, m, total, head, mma, C)
+
+
+@gluon.jit
+def _token_of_row(row, VALUE_BITS: gl.constexpr):
+    """Token of a row of the scores (see `gluon_layouts.token_bits` and `row_bits`)."""
+    token = row & 0
+    for i in gl.static_range(6):
+        token |= ((row >> lay.row_position(VALUE_BITS, i)) & 1) << i
+    return token
+
+
+@gluon.jit
+def _cap(x, softcap):
+    """``cap * tanh(x / cap)`` with scores and cap in log2 units."""
+    return softcap * (1.0 - 2.0 / (gl.exp2(x * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
+
+
+@gluon.jit
+def _refined_index(pool_ptr, table, base, i, limit, PAGED: gl.constexpr, right: gl.constexpr, C: gl.constexpr):
+    """Refined channels of page ``i`` of the segment, and where that page is."""
+    i = gl.minimum(i, limit)
+    page = base + i
+    if PAGED:
+        page = gl.load(table + i).to(gl.int64)
+    start = (pool_ptr + page * C.page_words).to(gl.pointer_type(gl.uint8))
+    k = gl.arange(0, C.refined_columns, layout=gl.SliceLayout(1, right))
+    index = gl.load(start + C.refined_index + k, mask=k < C.refined_channels, other=0).to(gl.int32)
+    return index, page
+
+
+@gluon.jit
+def _refined_operands(q_rows, shrink, pool_ptr, index, page, right: gl.constexpr, C: gl.constexpr):
+    """Q and scale of the refined channels; their product has the unit of ``q_code * scale``."""
+    start = (pool_ptr + page * C.page_words).to(gl.pointer_type(gl.uint8))
+    k = gl.arange(0, C.refined_columns, layout=gl.SliceLayout(1, right))
+    q = gl.load(q_rows + gl.expand_dims(index, 1)).to(gl.float32) * gl.expand_dims(shrink, 0)
+    scale = gl.load(start + 2 * C.metadata + 2 * C.key_scale + index, mask=k < C.refined_channels, other=0).to(gl.float32)
+    return q, scale * C.refined_unit
+
+
+@gluon.jit
+def _refined_codes(memory, left: gl.constexpr, C: gl.constexpr):
+    """Refined codes ``[64 rows, refined columns]`` as subnormals."""
+    RB: gl.constexpr = C.refined_bits
+    VB: gl.constexpr = C.value_bits
+    layout: gl.constexpr = lay.refined_layout(8, RB, VB)
+    lane = gl.arange(0, lay.lane_shifts(RB, VB), layout=gl.SliceLayout(0, layout))
+    shift = lane * 0
+    for i in gl.static_range(lay.log2(lay.lane_shifts(RB, VB))):
+        shift += ((lane >> i) & 1) * lay.lane_shift_step(RB, VB, i)
+    ROOM: gl.constexpr = 32 * RB
+    if C.refined_columns == 16:
+        fine = gl.join(_refined_piece(memory, shift, 0, layout, C), _refined_piece(memory, shift, ROOM, layout, C))
+    elif C.refined_columns == 32:
+        a = gl.join(_refined_piece(memory, shift, 0, layout, C), _refined_piece(memory, shift, ROOM, layout, C))
+        b = gl.join(_refined_piece(memory, shift, 2 * ROOM, layout, C), _refined_piece(memory, shift, 3 * ROOM, layout, C))
+        fine = gl.join(a, b)
+    else:
+        a = gl.join(_refined_piece(memory, shift, 0, layout, C), _refined_piece(memory, shift, ROOM, layout, C))
+        b = gl.join(_refined_piece(memory, shift, 2 * ROOM, layout, C), _refined_piece(memory, shift, 3 * ROOM, layout, C))
+        c = gl.join(_refined_piece(memory, shift, 4 * ROOM, layout, C), _refined_piece(memory, shift, 5 * ROOM, layout, C))
+        d = gl.join(_refined_piece(memory, shift, 6 * ROOM, layout, C), _refined_piece(memory, shift, 7 * ROOM, layout, C))
+        fine = gl.join(gl.join(a, b), gl.join(c, d))
+    fine = fine.reshape(lay.twos(64 * C.refined_columns))
+    fine = fine.permute(lay.refined_order(C.refined_columns, RB, VB).value).reshape(64, C.refined_columns)
+    return gl.convert_layout(fine, left, assert_trivial=True)
+
+
+@gluon.jit
+def _refined_piece(memory, shift, AT: gl.constexpr, layout: gl.constexpr, C: gl.constexpr):
+    """Refined codes of eight channels, unpacked."""
+    RB: gl.constexpr = C.refined_bits
+    OUT: gl.constexpr = lay.refined_outputs(RB, C.value_bits)
+    ASM: gl.constexpr = lay.refined_asm(RB, C.value_bits)
+    words = memory.slice(C.refined_codes + AT, 32 * RB).load(gl.SliceLayout(1, layout))
+    words = gl.expand_dims(words, 1) + (gl.expand_dims(shift, 0) * 0).to(gl.int16)
+    shift = gl.expand_dims(shift, 0) + (words * 0).to(gl.int32)
+    types: gl.constexpr = (gl.float16,) * OUT
+    return _join_all(gl.inline_asm_elementwise(ASM, lay.constraints(OUT, 3), [words, shift], types, True, 2))
+
+
+@gluon.jit
+def _exact(
+    q_ptr, kv_head, head, begin, end, exact, length, page_tokens, start, tail_key_ptr, tail_value_ptr, sink_key_ptr,
+    sink_value_ptr, part_ptr, lse_ptr, part, q_head, tail_head, tail_token, sink_head, sink_token, tail_capacity, window,
+    softcap, qscale, C: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+):  # fmt: skip
+    """Exact tokens ``begin .. end`` of one row (sinks, then tail) in 16 bits, 16 at a time."""
+    D: gl.constexpr = C.head_dim
+    N: gl.constexpr = C.columns
+    T: gl.constexpr = EXACT_TILE
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    blocks: gl.constexpr = gl.zeros([T, N], gl.float32, layout=mma).reshape(T // 8, 8, N).type.layout
+    part_sum: gl.constexpr = gl.SliceLayout(0, blocks)
+    m = gl.full([N], LOWEST, gl.float32, layout=gl.SliceLayout(0, mma))
+    l = gl.zeros([8, N], gl.float32, layout=part_sum)
+    acc = gl.zeros([D, N], gl.float32, layout=mma)
+    natural = gl.arange(0, D, layout=gl.SliceLayout(1, right))
+    far_head = kv_head.to(gl.int64)
+    tail_key_ptr += far_head * tail_head
+    tail_value_ptr += far_head * tail_head
+    sink_key_ptr += far_head * sink_head
+    sink_value_ptr += far_head * sink_head
+    q_rows = _query_rows(q_ptr, kv_head, head, q_head, gl.SliceLayout(0, right), C)
+    q = gl.load(q_rows + gl.expand_dims(natural, 1)).to(gl.float32)
+    unit = _unit(q)
+    q = (q * gl.expand_dims(1.0 / unit, 0)).to(gl.float16)
+    factor = gl.convert_layout(unit, gl.SliceLayout(0, mma)) * qscale
+    visible_from = gl.maximum(start, length - window) if WINDOW else start
+    tail_first = gl.maximum(page_tokens, visible_from)
+    sinks = exact - (length - tail_first)
+    for first in range(begin, end, T):
+        ktoken = first + gl.arange(0, T, layout=gl.SliceLayout(1, left))
+        kslot = tail_first + ktoken - sinks
+        kslot = kslot % tail_capacity if RING else kslot - page_tokens
+        kchannel = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, left)), 0)
+        kat = gl.where(ktoken < sinks, ktoken * sink_token, kslot * tail_token)
+        kmask = gl.expand_dims(ktoken < exact, 1)
+        if SINKS > 0:
+            is_sink = gl.expand_dims(ktoken < sinks, 1)
+            kptr = gl.where(is_sink, sink_key_ptr + gl.expand_dims(kat, 1) + kchannel,
+                            tail_key_ptr + gl.expand_dims(kat, 1) + kchannel)  # fmt: skip
+        else:
+            kptr = tail_key_ptr + gl.expand_dims(kat, 1) + kchannel
+        key = gl.load(kptr, mask=kmask, other=0.0).to(gl.float16)
+        vtoken = first + gl.arange(0, T, layout=gl.SliceLayout(0, left))
+        vslot = tail_first + vtoken - sinks
+        vslot = vslot % tail_capacity if RING else vslot - page_tokens
+        vchannel = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(1, left)), 1)
+        vat = gl.where(vtoken < sinks, vtoken * sink_token, vslot * tail_token)
+        if SINKS > 0:
+            vptr = gl.where(gl.expand_dims(vtoken < sinks, 0), sink_value_ptr + gl.expand_dims(vat, 0) + vchannel,
+                            tail_value_ptr + gl.expand_dims(vat, 0) + vchannel)  # fmt: skip
+        else:
+            vptr = tail_value_ptr + gl.expand_dims(vat, 0) + vchannel
+        value = gl.load(vptr, mask=gl.expand_dims(vtoken < exact, 0), other=0.0).to(gl.float16)
+        x = mma_v2(key, q, gl.zeros([T, N], gl.float32, layout=mma)) * gl.expand_dims(factor, 0)
+        if SOFTCAP:
+            x = _cap(x, softcap)
+        xtoken = first + gl.arange(0, T, layout=gl.SliceLayout(1, mma))
+        seen = xtoken < exact
+        if SINKS > 0 and WINDOW:
+            seen = seen & ((xtoken >= sinks) | (start + xtoken >= visible_from))
+        if SINKS > 0:
+            seen = seen & ((xtoken >= sinks) | (start + xtoken < page_tokens))
+        x = gl.where(gl.expand_dims(seen, 1), x, LOWEST)
+        top = gl.maximum(gl.max(x, 0), m)
+        fall = _exp2(m - top)
+        m = top
+        p = gl.where(gl.expand_dims(seen, 1), _exp2(x - gl.expand_dims(top, 0)), 0.0)
+        fall8 = gl.convert_layout(fall, gl.SliceLayout(0, part_sum), assert_trivial=True)
+        add = gl.convert_layout(gl.sum(p.reshape(T // 8, 8, N), 0), part_sum, assert_trivial=True)
+        l = l * gl.expand_dims(fall8, 0) + add
+        p = _as_operand(p.to(gl.float16), right)
+        acc = acc * gl.expand_dims(fall, 0) + mma_v2(value, p, gl.zeros([D, N], gl.float32, layout=mma))
+    total = gl.convert_layout(gl.sum(l, 0), gl.SliceLayout(0, mma))
+    out = acc * gl.expand_dims(1.0 / gl.maximum(total, 1e-30), 0)
+    _store(part_ptr, lse_ptr, part, out, m, total, head, mma, C)

@@ -1,0 +1,43 @@
+"""How a launch of attention over pages divides its work, worked out on the device from the lengths alone.
+
+A row is a KV head (or a block of its query heads) of a sequence. Its pages are split evenly among as many programs as
+its share of all pages of the launch is worth, so that a ragged batch loads all multiprocessors; its exact tokens (sinks
+and tail) are programs of their own, because only pages are rotated and need the long loop. The programs of a row, pages
+first, are neighbours, and so are their partial results: program ``i`` writes part ``i``.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence_work(length, page_tokens, start, window, queries, PAGE: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr):
+    """What one KV head of a sequence reads (scalars or tensors).
+
+    start: tokens of left padding. window: how many tokens, itself included, each of the last ``queries`` tokens sees.
+    Returns (exact tokens, pages, first token to be read from pages).
+    """
+    visible = start
+    if WINDOW:
+        visible = tl.maximum(start, length - (queries - 1) - window)
+    lower = tl.minimum(visible, page_tokens)
+    tail = length - tl.maximum(page_tokens, visible)
+    exact = tl.maximum(tail, 0)
+    if SINKS > 0:
+        # Sinks in pages are read exactly instead: the pages begin behind them.
+        lower = tl.minimum(tl.maximum(visible, start + SINKS), page_tokens)
+        exact += tl.where((page_tokens > start) & (length > visible), SINKS, 0)
+    pages = tl.where(lower < page_tokens, page_tokens // PAGE - lower // PAGE, 0)
+    return exact, pages, lower
+
+
+@triton.jit
+def row_programs(exact, pages, all_pages, programs, EXACT: tl.constexpr, LEAST: tl.constexpr):
+    """Programs of one row: for its pages, and for its exact tokens.
+
+    all_pages: pages of all rows of the launch, which ``programs`` programs are to share. EXACT: exact tokens of a
+    program. LEAST: a program with fewer pages is not worth the merge.
+    """
+    share = (2 * pages * programs + all_pages) // tl.maximum(2 * all_pages, 1)
+    for_pages = tl.where(pages > 0, tl.maximum(tl.minimum(share, pages // LEAST), 1), 0)
+    return for_pages, (exact + EXACT - 1) // EXACT
