@@ -55,7 +55,8 @@ def plot(rows: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
     first = next(row for row in rows if row["op"] == "decode" and row["ratio"])
     axes.set_title(
         "Decode, 32 query / 8 KV heads, head_dim 128, pages in random order\n"
-        f"{first['device']}, torch {first['torch']}, triton {first['triton']}, turboattention {first['turboattention']}",
+        f"{first['device']}, torch {first['torch']}, triton {first['triton']}, "
+        f"turboattention {first['turboattention']}",
         fontsize=10,
     )
     figure.legend(loc="outside lower center", ncols=len(LINES), frameon=False)
