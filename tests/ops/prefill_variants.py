@@ -13,7 +13,8 @@ LENGTHS = dict.fromkeys(("longest_q", "longest_k", "padded_q", "padded_k", "head
 def attention(target: str, width: int, *, causal: bool, window: int = 0, packed: bool = False) -> Variant:
     tiles = int8_triton.choose_tiles(target, width)
     constants = {
-        "HEAD_DIM": width, "WIDTH": width, "PART": tiles.part, "M": tiles.block_m, "N": tiles.block_n, "CAUSAL": causal, "WINDOW": window,
+        "HEAD_DIM": width, "WIDTH": width, "PART": tiles.part, "M": tiles.block_m, "N": tiles.block_n, "CAUSAL": causal,
+        "WINDOW": window,
         "PACKED": packed, "BY_ADD": tiles.float_by_add, "ASSEMBLY": tiles.assembly, "out_stride_d": 1,
     }  # fmt: skip
     types = {**CODES, **SCALES, "out_ptr": "*fp16", "lse_ptr": "*fp32", **LENGTHS}

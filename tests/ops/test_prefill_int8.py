@@ -224,7 +224,7 @@ def test_output_dtype_strides_and_true_lse() -> None:
         assert (got.lse - lse).abs().max() < 0.08
 
 
-# ---- the operator -----------------------------------------------------------------------------------------------------
+# ---- the operator ---------------------------------------------------------------------------------------------------
 def test_operator_on_a_cpu_is_the_definition() -> None:
     q, k, v = (x.cpu() for x in tensors(2, 1, 20, 40, 64))
     want = int8.int8_attention(int8.quantise_chunk(q, k, v, 0.125), causal=True, dtype=torch.float32)
@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_refused() -> None:
             int8_prefill(**({"q": q, "k": k, "v": v} | bad))
 
 
-# ---- compiled for every GPU -------------------------------------------------------------------------------------------
+# ---- compiled for every GPU -----------------------------------------------------------------------------------------
 def test_kernels_compile_to_integer_matrix_instructions_without_spills() -> None:
     rows = rows_of(Path(__file__).parent / "prefill_variants.py")
     assert rows

@@ -16,164 +16,28 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from turboattention.ops.prefill.int8 import LEVELS, Int8Chunk
+from turboattention.ops.prefill.hopper_tile import (
+    FIRST_BASE,
+    LOG2_LEVELS,
+    ROWS,
+    TOKENS,
+    add_product,
+    hide,
+    integers,
+    output_layout,
+    rescale,
+    row_sums,
+    score_factor,
+    scores_layout,
+    softmax,
+)
+from turboattention.ops.prefill.int8 import Int8Chunk
 from turboattention.ops.prefill.sequences import BLOCK
 
-ROWS = gl.constexpr(64)  # of a computing warpgroup; two of them in a program
-TOKENS = gl.constexpr(BLOCK)  # of a tile: those that share the scales of K and V
 STAGES = gl.constexpr(2)
 REGISTERS = 240  # of a computing thread; the loader's share goes to it
 COMPILED_REGISTERS = 168  # times 384 threads: what a program owns before it is shared out
-_LOG2_LEVELS = gl.constexpr(math.log2(LEVELS))
-_HUGE = gl.constexpr(1e19)  # times 2^31 still far above the first base of a row
-_FIRST_BASE = gl.constexpr(-1e30)
-_LN2 = gl.constexpr(math.log(2))
-
-_EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
-# Four floats that carry a factor 2^-24: in float16 they are subnormals whose bits are the rounded integers.
-_PACK = gl.constexpr("""{
-.reg .b32 low, high;
-cvt.rn.f16x2.f32 low, $2, $1; cvt.rn.f16x2.f32 high, $4, $3;
-prmt.b32 $0, low, high, 0x6420;
-}""")
-# The sum of four int8 in the first of four results; adding the zeros of the others costs nothing after optimisation.
-_SUM = gl.constexpr("""{
-.reg .b32 one, zero; mov.b32 one, 0x01010101; mov.b32 zero, 0;
-dp4a.s32.s32 $0, $4, one, zero; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
-}""")
-# From the largest integer score of two rows in this thread and their factors: the rows' references, exchanged between
-# the four threads of a row; the bases of the output, which move only when a reference is 2^60 above; and the factors of
-# the old output, 1 where nothing moved.
-_REFERENCE = gl.constexpr("""{
-.reg .pred p0, p1, any; .reg .f32 a0, a1, t, u;
-cvt.rn.f32.s32 a0, $6; cvt.rn.f32.s32 a1, $7; mul.f32 a0, a0, $8; mul.f32 a1, a1, $9;
-shfl.sync.bfly.b32 t, a0, 1, 31, -1; shfl.sync.bfly.b32 u, a1, 1, 31, -1; max.f32 a0, a0, t; max.f32 a1, a1, u;
-shfl.sync.bfly.b32 t, a0, 2, 31, -1; shfl.sync.bfly.b32 u, a1, 2, 31, -1; max.f32 $0, a0, t; max.f32 $1, a1, u;
-mov.f32 $2, $10; mov.f32 $3, $11; mov.f32 $4, 0f3F800000; mov.f32 $5, 0f3F800000;
-add.f32 t, $10, 0f42700000; setp.gt.f32 p0, $0, t; add.f32 t, $11, 0f42700000; setp.gt.f32 p1, $1, t;
-or.pred any, p0, p1; vote.sync.any.pred any, any, 0xffffffff;
-@!any bra KEEP${:uid};
-@p0 mov.f32 $2, $0; @p1 mov.f32 $3, $1;
-sub.f32 $4, $10, $2; ex2.approx.ftz.f32 $4, $4; sub.f32 $5, $11, $3; ex2.approx.ftz.f32 $5, $5;
-KEEP${:uid}:
-}""")
-
-
-def _scale_asm(count: int) -> gl.constexpr:
-    """Multiply ``count`` accumulators by their row's factor; only warps in which a factor is below 1 do it."""
-    lines = [f"mov.b32 ${i}, ${count + i};" for i in range(count)]
-    lines += [f"setp.lt.f32 p, ${2 * count}, 0f3F800000; setp.lt.f32 q, ${2 * count + 2}, 0f3F800000; or.pred p, p, q;"]
-    lines += ["vote.sync.any.pred p, p, 0xffffffff;", "@!p bra SAME${:uid};"]
-    lines += [f"mul.f32 ${i}, ${count + i}, ${2 * count + 2 * (i // 2 % 2)};" for i in range(count)]
-    return gl.constexpr("{\n.reg .pred p, q;\n" + "\n".join(lines) + "\nSAME${:uid}:\n}")
-
-
-def _constraints(count: int) -> gl.constexpr:
-    return gl.constexpr(",".join(["=&f"] * count + ["f"] * (2 * count)))
-
-
-# A thread holds this many accumulators of 64 rows: head_dim / 2.
-_SCALE_64, _SCALE_128 = _scale_asm(32), _scale_asm(64)
-_REGISTERS_64, _REGISTERS_128 = _constraints(32), _constraints(64)
-
-
-# Row quantities are [ROWS, 4]: one copy for each of the four threads that share a row, so that partial sums and maxima
-# stay in their thread. A tile [ROWS, N] is seen as [ROWS, N / 8, 4, 2] to combine with them.
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(_EXP2, "=f,f", [x], gl.float32, True, 1)
-
-
-@gluon.jit
-def _beside(row, tile):
-    layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, tile.type.layout))
-    return gl.expand_dims(gl.expand_dims(gl.convert_layout(row, layout, assert_trivial=True), 1), 3)
-
-
-@gluon.constexpr_function
-def _scores_layout():
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
-
-
-@gluon.constexpr_function
-def _output_layout(width):
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width, 32])
-
-
-@gluon.jit
-def _factor(q_scale, k_scale, row_layout: gl.constexpr):
-    """float32 ``[ROWS, 4]``: from integers to scores. Below the floor, which `_hide` needs, scores differ by < 0.03."""
-    return gl.zeros([ROWS, 4], gl.float32, layout=row_layout) + gl.maximum(q_scale * k_scale, 2.0**-26)
-
-
-@gluon.jit
-def _limit(limit, length, layout: gl.constexpr, CAUSAL: gl.constexpr):
-    """int32 ``[ROWS]``: the tokens that each row sees are those below it; ``limit`` is that of the first row."""
-    row = gl.arange(0, ROWS, layout=layout)
-    if CAUSAL:
-        return gl.minimum(limit + row, length)
-    else:
-        return length + row * 0
-
-
-@gluon.jit
-def _hide(s, factor, limit, length, first, row_layout: gl.constexpr, CAUSAL: gl.constexpr):
-    """Scores of tokens that a row doesn't see as low as they get; ``first`` is the tile's first token.
-
-    A factor of at least 2^-26 (`_factor`) then rounds their weights to 0. A row that sees nothing in the tile gets a
-    huge factor, and so a reference far below every other: masking probabilities too would cost registers.
-    """
-    layout: gl.constexpr = s.type.layout
-    seen = gl.expand_dims(_limit(limit, length, gl.SliceLayout(1, layout), CAUSAL), 1)
-    token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
-    s = gl.where(gl.expand_dims(token, 0) < seen, s, -2147483647)
-    some = _limit(limit, length, gl.SliceLayout(1, row_layout), CAUSAL) > first
-    return s, gl.where(gl.expand_dims(some, 1), factor, _HUGE)
-
-
-@gluon.jit
-def _softmax(s, factor, base, operand: gl.constexpr):
-    """Probabilities times 127 * 2^-24 in the operand's order, base, factor of the old output, weight of this tile."""
-    s4 = s.reshape([ROWS, TOKENS // 8, 4, 2])
-    highest = gl.max(gl.max(s4, 3), 1)
-    reference, base, old = gl.inline_asm_elementwise(
-        _REFERENCE, "=&f,=&f,=&f,=&f,=&f,=&f,r,r,f,f,f,f", [highest, factor, base],
-        (gl.float32, gl.float32, gl.float32), True, 2,
-    )  # fmt: skip
-    weight = _exp2(reference - base)
-    x = gl.fma(s4.to(gl.float32), _beside(factor, s4), -_beside(reference + (24.0 - _LOG2_LEVELS), s4))
-    x = x.reshape([ROWS, TOKENS // 32, 2, 2, 4, 2]).permute([0, 1, 2, 4, 3, 5]).reshape([ROWS, TOKENS])
-    return _exp2(gl.convert_layout(x, operand, assert_trivial=True)), base, old, weight
-
-
-@gluon.jit
-def _integers(p):
-    return gl.inline_asm_elementwise(_PACK, "=r,f,f,f,f", [p], gl.int8, True, 4)
-
-
-@gluon.jit
-def _row_sums(codes, like):
-    sums = gl.inline_asm_elementwise(_SUM, "=r,=r,=r,=r,r", [codes], gl.int32, True, 4)
-    sums = gl.sum(gl.sum(gl.sum(sums.reshape([ROWS, TOKENS // 32, 2, 4, 4]), 4), 2), 1)
-    return gl.convert_layout(sums, like.type.layout, assert_trivial=True).to(gl.float32)
-
-
-@gluon.jit
-def _scale(acc, old, WIDTH: gl.constexpr):
-    acc4 = acc.reshape([ROWS, WIDTH // 8, 4, 2])
-    factor = _beside(old, acc4)
-    if WIDTH == 128:
-        scaled = gl.inline_asm_elementwise(_SCALE_128, _REGISTERS_128, [acc4, factor], gl.float32, True, 64)
-    else:
-        scaled = gl.inline_asm_elementwise(_SCALE_64, _REGISTERS_64, [acc4, factor], gl.float32, True, 32)
-    return gl.convert_layout(scaled.reshape([ROWS, WIDTH]), acc.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _add(acc, product, weight, WIDTH: gl.constexpr):
-    product4 = product.reshape([ROWS, WIDTH // 8, 4, 2])
-    added = gl.fma(product4.to(gl.float32), _beside(weight, product4), acc.reshape([ROWS, WIDTH // 8, 4, 2]))
-    return gl.convert_layout(added.reshape([ROWS, WIDTH]), acc.type.layout, assert_trivial=True)
+LN2 = gl.constexpr(math.log(2))
 
 
 @gluon.jit
@@ -205,9 +69,9 @@ def _step(
     """P V of tile i, scores and softmax of tile i + 1."""
     k_full, k_empty, v_full, v_empty = barriers
     k_buffer, v_buffer = buffers
-    zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=_scores_layout())
-    zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=_output_layout(WIDTH))
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=_output_layout(WIDTH), k_width=4)
+    zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=scores_layout())
+    zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=output_layout(WIDTH))
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=output_layout(WIDTH), k_width=4)
     row_layout: gl.constexpr = base.type.layout
     stage = i % STAGES
     phase = (i // STAGES) & 1
@@ -219,7 +83,7 @@ def _step(
         mbarrier.wait(k_full.index(next_stage), next_phase)
         k = k_buffer.index(next_stage).permute((1, 0))
         next_s = warpgroup_mma(q_shared, k, zero_s, use_acc=False, is_async=True)
-    codes = _integers(p)
+    codes = integers(p)
     if not EARLY:
         mbarrier.wait(k_full.index(next_stage), next_phase)
     mbarrier.wait(v_full.index(stage), phase)
@@ -227,17 +91,17 @@ def _step(
         k = k_buffer.index(next_stage).permute((1, 0))
         next_s = warpgroup_mma(q_shared, k, zero_s, use_acc=False, is_async=True)
     product = warpgroup_mma(codes, v_buffer.index(stage).permute((1, 0)), zero_o, use_acc=False, is_async=True)
-    total = gl.fma(_row_sums(codes, base), weight, total)
+    total = gl.fma(row_sums(codes, base), weight, total)
     # The next scores are complete; P V of this tile runs under the softmax of the next one.
     s = warpgroup_mma_wait(1, deps=[next_s])
     mbarrier.arrive(k_empty.index(next_stage), count=1)
-    factor = _factor(q_scale, k_scale, row_layout)
+    factor = score_factor(q_scale, k_scale, row_layout)
     if MASKED:
-        s, factor = _hide(s, factor, limit, length, (i + 1) * TOKENS, row_layout, CAUSAL)
-    p, base, old, next_weight = _softmax(s, factor, base, operand)
+        s, factor = hide(s, factor, limit, length, (i + 1) * TOKENS, row_layout, CAUSAL)
+    p, base, old, next_weight = softmax(s, factor, base, operand)
     product = warpgroup_mma_wait(0, deps=[product])
     mbarrier.arrive(v_empty.index(stage), count=1)
-    acc = _scale(_add(acc, product, weight * v_scale, WIDTH), old, WIDTH)
+    acc = rescale(add_product(acc, product, weight * v_scale, WIDTH), old, WIDTH)
     return p, acc, total * old, base, next_weight, next_v_scale
 
 
@@ -247,20 +111,20 @@ def _compute(
     out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, limit, length, clear, tiles,
     HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """A consumer: 64 rows. limit: tokens that the first row sees (one more for each row after it). clear: tiles without mask.
+    """A consumer: 64 rows. limit: tokens that the first row sees, one more for each row after it.
 
-    EARLY: issue Q K of the next tile before P is packed; better or worse by what the compiler makes of it.
+    clear: tiles without mask. EARLY: issue Q K of the next tile before P is packed; better or worse by what the compiler makes of it.
     """
     k_full, k_empty, v_full, _ = barriers
     k_buffer, v_buffer = buffers
-    s_layout: gl.constexpr = _scores_layout()
-    o_layout: gl.constexpr = _output_layout(WIDTH)
+    s_layout: gl.constexpr = scores_layout()
+    o_layout: gl.constexpr = output_layout(WIDTH)
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=4)
     zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=s_layout)
     zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=o_layout)
     row_layout: gl.constexpr = gl.max(gl.max(zero_s.reshape([ROWS, TOKENS // 8, 4, 2]), 3), 1).type.layout
     q_scale = gl.load(q_scale_ptr)
-    base = gl.full([ROWS, 4], _FIRST_BASE, gl.float32, layout=row_layout)
+    base = gl.full([ROWS, 4], FIRST_BASE, gl.float32, layout=row_layout)
     total = gl.zeros([ROWS, 4], gl.float32, layout=row_layout)
     acc = gl.zeros([ROWS, WIDTH], gl.float32, layout=o_layout)
     mbarrier.wait(q_barrier, 0)
@@ -268,11 +132,11 @@ def _compute(
     s = warpgroup_mma(q_shared, k_buffer.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0), count=1)
-    factor = _factor(q_scale, gl.load(k_scale_ptr), row_layout)
+    factor = score_factor(q_scale, gl.load(k_scale_ptr), row_layout)
     if clear == 0:
-        s, factor = _hide(s, factor, limit, length, 0, row_layout, CAUSAL)
+        s, factor = hide(s, factor, limit, length, 0, row_layout, CAUSAL)
     v_scale = gl.load(v_scale_ptr)
-    p, base, _, weight = _softmax(s, factor, base, operand)
+    p, base, _, weight = softmax(s, factor, base, operand)
     # Exponentials, not integers, are carried over the edge of a loop: int8 values would be split into bytes there.
     middle = gl.maximum(gl.minimum(clear, tiles) - 1, 0)
     for i in range(0, middle):
@@ -286,20 +150,20 @@ def _compute(
             limit, length, WIDTH, False, True, CAUSAL,
         )  # fmt: skip
     last = tiles - 1
-    codes = _integers(p)
+    codes = integers(p)
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     v = v_buffer.index(last % STAGES).permute((1, 0))
     product = warpgroup_mma(codes, v, zero_o, use_acc=False, is_async=True)
-    total = gl.fma(_row_sums(codes, base), weight, total)
+    total = gl.fma(row_sums(codes, base), weight, total)
     product = warpgroup_mma_wait(0, deps=[product])
-    acc = _add(acc, product, weight * v_scale, WIDTH)
+    acc = add_product(acc, product, weight * v_scale, WIDTH)
 
     # Four threads hold parts of a row's sum and the same base.
     total = gl.sum(total, 1)
     base = gl.max(base, 1)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
-    blind = base < 0.01 * _FIRST_BASE
-    lse = _LN2 * (base + gl.log2(total) - _LOG2_LEVELS) + gl.load(shift_ptr + row)
+    blind = base < 0.01 * FIRST_BASE
+    lse = LN2 * (base + gl.log2(total) - LOG2_LEVELS) + gl.load(shift_ptr + row)
     gl.store(lse_ptr + row, gl.where(blind, -float("inf"), lse), mask=row < rows_left)
     inverse = gl.convert_layout(gl.where(blind, 0.0, 1.0 / total), gl.SliceLayout(1, o_layout))
     out = acc * gl.expand_dims(inverse, 1)
@@ -392,8 +256,8 @@ def attention_kernel(
         lse_ptr += number.to(gl.int64) * lse_stride_b
     gl.warp_specialize(
         [
-            (_compute, (q_shared.index(0), q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr,
-                        out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, position + 1, length, clear, tiles,
+            (_compute, (q_shared.index(0), q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr,
+                        shift_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, position + 1, length, clear, tiles,
                         HEAD_DIM, WIDTH, EARLY, CAUSAL)),
             (_compute, (q_shared.index(1), q_barrier, barriers, buffers, q_scale_ptr + 1, k_scale_ptr, v_scale_ptr,
                         shift_ptr + ROWS, out_ptr + out_stride_t * ROWS, lse_ptr + ROWS, out_stride_t, out_stride_d,

@@ -65,7 +65,7 @@ def _mean(parts_ptr, row, length, WIDTH: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _codes(x, top, LEVELS: tl.constexpr):
-    """Integers of x where ``top`` is the largest magnitude; ties to even by adding 1.5 * 2^23, whose low byte then holds them."""
+    """Integers of x where ``top`` is the largest magnitude, ties to even: the low byte after adding 1.5 * 2^23."""
     inverse = tl.math.div_rn(tl.zeros_like(top) + LEVELS, top)
     return (x * inverse + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 

@@ -35,9 +35,9 @@ _LN2 = tl.constexpr(math.log(2))
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the kernel is cut: query rows and tokens of a tile, channels of the output at a time (all or half of them),
-    warps, stages of the pipeline of loads.
+    """How the kernel is cut.
 
+    block_m, block_n: query rows and tokens of a tile. part: channels of the output at a time, all or half of them.
     float_by_add: turn int32 into float32 by adding to the bits of 1.5 * 2^23, where the conversion shares a slow unit
     with the exponential. assembly: inline PTX for rounding and row sums.
     """
@@ -100,8 +100,8 @@ def _in_operand_order(x, M: tl.constexpr, N: tl.constexpr):
 def _tiles(
     begin, end, q, q_scale, k_ptrs, v_ptrs, k_scale_ptr, v_scale_ptr, padded_k, position, length,
     acc, acc_high, total, top,
-    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr, BY_ADD: tl.constexpr, ASSEMBLY: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, BY_ADD: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Add the tokens ``begin .. end`` (multiples of N) to the running output, sum and reference of every row."""
     for n in range(begin, end, N):
