@@ -75,7 +75,7 @@ def check_errors() -> None:
     cases += [
         ("gaussian", 8, 2, rows, tokens, 128) for rows, tokens in ((1, 1), (63, 63), (111, 300), (300, 111), (1, 777))
     ]
-    cases += [("gaussian", 8, 2, 777, 1111, dim) for dim in (64, 80, 96, 256)]
+    cases += [("gaussian", 8, 2, 777, 1111, dim) for dim in (64, 80, 256)]
     for kind, heads, kv_heads, rows, tokens, dim in cases:
         q, k, v = data(kind, heads, kv_heads, rows, tokens, dim)
         plain = int8.quantise_chunk(q, k, v, dim**-0.5)

@@ -113,7 +113,8 @@ def _compute(
 ):  # fmt: skip
     """A consumer: 64 rows. limit: tokens that the first row sees, one more for each row after it.
 
-    clear: tiles without mask. EARLY: issue Q K of the next tile before P is packed; better or worse by what the compiler makes of it.
+    clear: tiles without mask. EARLY: issue Q K of the next tile before P is packed; better or worse by what the compiler
+    makes of it.
     """
     k_full, k_empty, v_full, _ = barriers
     k_buffer, v_buffer = buffers
@@ -187,7 +188,7 @@ def _locate(cu_ptr, number, longest, PACKED: gl.constexpr):
     return first, length, start
 
 
-@gluon.jit(do_not_specialize=["longest_q", "longest_k"])
+@gluon.jit(do_not_specialize=["longest_q", "longest_k", "heads", "ratio"])
 def attention_kernel(
     q_desc, k_desc, v_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
     longest_q, longest_k, padded_q, padded_k, heads, ratio,
@@ -257,8 +258,8 @@ def attention_kernel(
     gl.warp_specialize(
         [
             (_compute, (q_shared.index(0), q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr,
-                        shift_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, position + 1, length, clear, tiles,
-                        HEAD_DIM, WIDTH, EARLY, CAUSAL)),
+                        shift_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, position + 1, length,
+                        clear, tiles, HEAD_DIM, WIDTH, EARLY, CAUSAL)),
             (_compute, (q_shared.index(1), q_barrier, barriers, buffers, q_scale_ptr + 1, k_scale_ptr, v_scale_ptr,
                         shift_ptr + ROWS, out_ptr + out_stride_t * ROWS, lse_ptr + ROWS, out_stride_t, out_stride_d,
                         rows_left - ROWS, position + ROWS + 1, length, clear_1, tiles, HEAD_DIM, WIDTH, EARLY, CAUSAL)),

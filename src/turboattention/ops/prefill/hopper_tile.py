@@ -6,6 +6,7 @@ maxima stay in their thread. A tile ``[ROWS, N]`` is seen as ``[ROWS, N / 8, 4, 
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 # Triton has no annotations, and its kernels are compiled from untyped Python.
+# ruff: noqa: N803 - compile-time constants of a kernel are written in capitals, as in all Triton code
 
 import math
 

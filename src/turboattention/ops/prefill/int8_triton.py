@@ -150,7 +150,7 @@ def _tiles(
     return acc, acc_high, total, top
 
 
-@triton.jit(do_not_specialize=["longest_q", "longest_k"])
+@triton.jit(do_not_specialize=["longest_q", "longest_k", "heads", "ratio"])
 def attention_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
     longest_q, longest_k, padded_q, padded_k, heads, ratio,
