@@ -6,12 +6,23 @@ Every operator has a ``reference.py`` in plain PyTorch; kernels are chosen here 
 import torch
 from torch import Tensor
 
-from turboattention.config import AttentionConfig
+from turboattention.config import DEFAULT_PRESET, AttentionConfig, get_preset
+from turboattention.ops.append import supports as append_supports
 from turboattention.ops.common.cached_kv import CachedKV
-from turboattention.ops.decode import decode_attention
-from turboattention.ops.prefill import prefill_attention
+from turboattention.ops.decode import decode_attention, paged_decode
+from turboattention.ops.dispatch import choose, without_triton
+from turboattention.ops.prefill import cached_attention, prefill_attention
+from turboattention.quant.layout import PageLayout
 
-__all__ = ["CachedKV", "attend", "decode_attention", "implementations", "prefill_attention"]
+__all__ = [
+    "CachedKV",
+    "attend",
+    "cached_attention",
+    "decode_attention",
+    "implementations",
+    "paged_decode",
+    "prefill_attention",
+]
 
 _PLAIN = AttentionConfig()
 
@@ -31,9 +42,7 @@ def attend(
     """
     if not kv.page_tokens and softcap is None and config == _PLAIN:
         return _torch_attention(q, kv, scale, causal)
-    if q.shape[2] == 1:
-        return decode_attention(q, kv, scale=scale, softcap=softcap, config=config).out
-    return prefill_attention(q, kv, scale=scale, causal=causal, softcap=softcap, config=config).out
+    return cached_attention(q, kv, scale=scale, causal=causal, softcap=softcap, config=config).out
 
 
 def _torch_attention(q: Tensor, kv: CachedKV, scale: float | None, causal: bool) -> Tensor:
@@ -50,6 +59,24 @@ def _torch_attention(q: Tensor, kv: CachedKV, scale: float | None, causal: bool)
     )
 
 
-def implementations() -> dict[str, str]:
-    """The implementation that each operator uses on this machine."""
-    return dict.fromkeys(("append", "decode", "prefill", "softmax"), "reference (PyTorch)")
+def implementations(
+    preset: str = DEFAULT_PRESET, head_dim: int = 128, device: torch.device | None = None
+) -> dict[str, tuple[str, str]]:
+    """The implementation that each operator uses here for a preset, and why: ``{operator: (name, reason)}``.
+
+    device: the CUDA device where there is one, else the CPU.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cache = get_preset(preset).cache
+    layout = PageLayout(cache.page_size, head_dim, cache.key, cache.value)
+    config = get_preset(preset).attention
+    no_append = without_triton(device) or append_supports(layout)
+    append = ("reference", no_append) if no_append else ("triton", "the kernel made for this device")
+    decode, prefill = (choose((layout,), device, torch.float16, queries=n, config=config) for n in (1, 64))
+    softmax = ("reference", "the kernels compute the exact softmax")
+    return {
+        "append": append,
+        "decode": (decode.implementation, decode.reason),
+        "prefill": (prefill.implementation, prefill.reason),
+        "softmax": softmax,
+    }

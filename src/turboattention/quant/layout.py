@@ -37,13 +37,13 @@ class Region(NamedTuple):
 
 
 def _aligned(offset: int, region: Region) -> int:
-    """The next offset that is a multiple of the largest power of two, at most REGION_ALIGNMENT, in the region's size."""
+    """The next multiple of the largest power of two in the region's size, at most REGION_ALIGNMENT."""
     alignment = min(REGION_ALIGNMENT, region.nbytes & -region.nbytes)
     return -(-offset // alignment) * alignment
 
 
 def _place(name: str) -> int:
-    """Order of the regions: codes, vectors of K, what is small, vectors of V (whose alignment the small ones fill up)."""
+    """Order of the regions: codes, vectors of K, what is small (it fills a gap), vectors of V."""
     if name in ("key_codes", "value_codes"):
         return 0
     if name in ("key_scale", "key_zero", "key_refined_codes"):
@@ -55,10 +55,10 @@ def _place(name: str) -> int:
 class PageLayout:
     """The layout of one page.
 
-    Order: codes of K, codes of V, scales, zeros and refined codes of K, numbers of the page, scales and zeros of V; each
-    aligned to its own size (at most 64 bytes), the page to 128 bytes. K codes are ``[tokens, D * bits / 8]``; V codes
-    are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of `packing.permute_tokens`; refined codes are
-    ``[channels, tokens * bits / 8]`` with their channels in ``refined_index``.
+    Order: codes of K, codes of V, scales, zeros and refined codes of K, numbers of the page, scales and zeros of V;
+    each aligned to its own size (at most 64 bytes), the page to 128 bytes. K codes are ``[tokens, D * bits / 8]``; V
+    codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of `packing.permute_tokens`; refined
+    codes are ``[channels, tokens * bits / 8]`` with their channels in ``refined_index``.
     """
 
     page_size: int

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from turboattention.errors import UnsupportedError
+from turboattention.ops.append import reference
 from turboattention.ops.append.page_spec import supports
 from turboattention.ops.append.paged import When, advance, tail_capacity
-from turboattention.ops.append.reference import add_query_power, compress_pages, full_pages, gather_sinks, real_tokens
+from turboattention.ops.append.reference import add_query_power, full_pages, gather_sinks, real_tokens
+from turboattention.ops.dispatch import without_triton
 from turboattention.quant.layout import PageLayout
 
 __all__ = [
@@ -22,6 +25,22 @@ __all__ = [
     "supports",
     "tail_capacity",
 ]
+
+
+def compress_pages(
+    layout: PageLayout,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None = None,
+    tile_scales: tuple[Tensor, Tensor] | None = None,
+    query_power: Tensor | None = None,
+) -> Tensor:
+    """`reference.compress_pages`, by the Triton kernel where one fits: the same bytes."""
+    if tile_scales is None and without_triton(key.device) is None and supports(layout) is None:
+        from turboattention.ops.append.triton import compress_pages as kernel  # needs Triton
+
+        return kernel(layout, key, value, valid, query_power)
+    return reference.compress_pages(layout, key, value, valid, tile_scales, query_power)
 
 
 def paged_append_for(layouts: list[PageLayout], device: torch.device) -> Callable[..., None]:

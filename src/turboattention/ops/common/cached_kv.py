@@ -49,13 +49,19 @@ class CachedKV:
     def num_kv_heads(self) -> int:
         return self.tail_key.shape[1]
 
-    def visible(self, queries: int, causal: bool) -> Tensor | None:
-        """bool ``[batch or 1, queries, length]``: which tokens each of the last ``queries`` tokens may attend to."""
+    def visible(self, queries: int, causal: bool, window: int | None = None) -> Tensor | None:
+        """bool ``[batch or 1, queries, length]``: which tokens each of the last ``queries`` tokens may attend to.
+
+        window: only that many last tokens, each token's own included.
+        """
         columns = torch.arange(self.length, device=self.tail_key.device)
         mask: Tensor | None = None
         if causal and queries > 1:
             mask = columns <= columns[self.length - queries :, None]
             mask = mask[None]
+        if window is not None:
+            near = columns > columns[self.length - queries :, None] - window
+            mask = near[None] if mask is None else mask & near
         if self.starts is not None:
             real = columns >= self.starts[:, None]
             mask = real[:, None, :] if mask is None else mask & real[:, None, :]

@@ -11,86 +11,32 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from turboattention.ops.decode import gluon_layouts as lay
+from turboattention.ops.decode.gluon_common import (
+    LOWEST,
+    as_operand,
+    cap,
+    copy_all,
+    copy_words,
+    exp2,
+    join_all,
+    query_rows,
+    rest_of_product,
+    scalar,
+    signed_bytes,
+    store,
+    unit_of,
+    unpack,
+)
+from turboattention.ops.decode.gluon_exact import exact_tokens
 from turboattention.ops.decode.work import row_programs, sequence_work
 
 _sequence_work = gluon.jit(sequence_work.fn)
 _row_programs = gluon.jit(row_programs.fn)
 
-LOWEST = gl.constexpr(-1e30)
-EXACT_TILE = gl.constexpr(16)
-
 
 @gluon.jit
 def _add(a, b):
     return a + b
-
-
-@gluon.jit
-def _join_all(parts):
-    if len(parts) == 1:
-        return parts[0]
-    elif len(parts) == 2:
-        return gl.join(parts[0], parts[1])
-    elif len(parts) == 4:
-        return gl.join(gl.join(parts[0], parts[1]), gl.join(parts[2], parts[3]))
-    else:
-        low = gl.join(gl.join(parts[0], parts[1]), gl.join(parts[2], parts[3]))
-        high = gl.join(gl.join(parts[4], parts[5]), gl.join(parts[6], parts[7]))
-        return gl.join(low, high)
-
-
-@gluon.jit
-def _unpack(words, BITS: gl.constexpr):
-    """Codes of 16-bit words as float16 subnormals: trailing dimensions are the part of the byte and the byte."""
-    ASM: gl.constexpr = lay.mask_asm(BITS)
-    if BITS == 8:
-        types: gl.constexpr = (gl.float16, gl.float16)
-        parts = gl.inline_asm_elementwise(ASM, lay.constraints(2, 1), [words], types, True, 2)
-    elif BITS == 4:
-        types: gl.constexpr = (gl.float16, gl.float16, gl.float16, gl.float16)
-        parts = gl.inline_asm_elementwise(ASM, lay.constraints(4, 1), [words], types, True, 2)
-    else:
-        types: gl.constexpr = (gl.float16,) * 8
-        parts = gl.inline_asm_elementwise(ASM, lay.constraints(8, 1), [words], types, True, 2)
-    return _join_all(parts)
-
-
-@gluon.jit
-def _signed_bytes(words):
-    """Signed bytes plus 128 as subnormals."""
-    ASM: gl.constexpr = (
-        "{ .reg .b32 x; xor.b32 x, $2, 0x80808080; and.b32 $0, x, 0x00ff00ff; shr.u32 x, x, 8; and.b32 $1, x, 0x00ff00ff; }"
-    )
-    return _join_all(gl.inline_asm_elementwise(ASM, lay.constraints(2, 1), [words], (gl.float16, gl.float16), True, 2))
-
-
-@gluon.jit
-def _transpose_blocks(p):
-    """Swap rows and columns of every 8 x 8 block of an accumulator fragment."""
-    ASM: gl.constexpr = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
-    return gl.inline_asm_elementwise(ASM, "=r,r", [p], gl.float16, True, 2)
-
-
-@gluon.jit
-def _as_operand(p, layout: gl.constexpr):
-    """P from the accumulator of Q K^T to the second operand of P V."""
-    M: gl.constexpr = p.shape[0]
-    N: gl.constexpr = p.shape[1]
-    swapped = _transpose_blocks(p).reshape(M // 8, 8, N // 8, 8).permute(0, 3, 2, 1).reshape(M, N)
-    return gl.convert_layout(swapped, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _exp2(x):
-    """``2^x`` on the special-function unit; results below 2^-126 become 0, which saves two instructions of three."""
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
-
-
-@gluon.jit
-def _rest_of_product(a, b, rounded):
-    """``a * b - rounded`` with one rounding: what a float16 product lost."""
-    ASM: gl.constexpr = "{ .reg .b32 n; neg.f16x2 n, $3; fma.rn.f16x2 $0, $1, $2, n; }"
-    return gl.inline_asm_elementwise(ASM, "=r,r,r,r", [a, b, rounded], gl.float16, True, 2)
 
 
 @gluon.jit
@@ -101,30 +47,10 @@ def _launch_dependents():
 
 
 @gluon.jit
-def _scalar(memory):
-    """One float16 of shared memory as a float32 scalar in every lane."""
-    one: gl.constexpr = gl.DistributedLinearLayout([], [[0], [0], [0], [0], [0]], [], [], [1])
-    return gl.max(memory.load(one).to(gl.float16, bitcast=True).to(gl.float32), 0)
-
-
-@gluon.jit
-def _copy(memory, source, WORDS: gl.constexpr, limit):
-    """Start the copy of up to WORDS words of a page; words from ``limit`` on are not read."""
-    index = gl.arange(0, WORDS, layout=lay.copy_layout(WORDS))
-    async_copy.async_copy_global_to_shared(memory, source + index, mask=index < limit)
-
-
-@gluon.jit
-def _copy_all(memory, source, WORDS: gl.constexpr):
-    index = gl.arange(0, WORDS, layout=lay.copy_layout(WORDS))
-    async_copy.async_copy_global_to_shared(memory, source + index)
-
-
-@gluon.jit
 def _copy_page(kbuf, vbuf, mbuf, slot, page, C: gl.constexpr):
-    _copy_all(kbuf.index(slot), page + C.key_codes, C.key_words)
-    _copy_all(vbuf.index(slot), page + C.value_codes, C.value_words)
-    _copy(mbuf.index(slot), page + C.metadata, C.metadata_words, C.page_words - C.metadata)
+    copy_all(kbuf.index(slot), page + C.key_codes, C.key_words)
+    copy_all(vbuf.index(slot), page + C.value_codes, C.value_words)
+    copy_words(mbuf.index(slot), page + C.metadata, C.metadata_words, C.page_words - C.metadata)
     async_copy.commit_group()
 
 
@@ -153,9 +79,14 @@ def decode_kernel(
     exact_of = gl.where(inside, exact_of, 0)
     all_pages = gl.sum(pages_of, 0) * heads
     for_pages_of, for_exact_of = _row_programs(exact_of, pages_of, all_pages, programs, C.exact_tokens, C.least_pages)
-    ends = gl.associative_scan(for_pages_of + for_exact_of, 0, _add) * heads
     part = gl.program_id(0)
-    row = gl.sum((ends <= part).to(gl.int32), 0)
+    page_programs = gl.sum(for_pages_of, 0) * heads
+    # This program among those of its kind, and what each row has of them.
+    of_pages = part < page_programs
+    mine = gl.where(of_pages, part, part - page_programs)
+    per_head = gl.where(of_pages, for_pages_of, for_exact_of)
+    ends = gl.associative_scan(per_head, 0, _add) * heads
+    row = gl.sum((ends <= mine).to(gl.int32), 0)
     if row < batch:
         first = gl.max(gl.where(rows < row, ends, 0), 0)
         length = gl.load(lengths_ptr + row)
@@ -163,12 +94,13 @@ def decode_kernel(
         start = gl.load(starts_ptr + row) if STARTS else 0
         exact, pages, lower = _sequence_work(length, page_tokens, start, window, 1, 64, SINKS, WINDOW)
         for_pages, for_exact = _row_programs(exact, pages, all_pages, programs, C.exact_tokens, C.least_pages)
-        head = (part - first) // (for_pages + for_exact)
-        index = (part - first) % (for_pages + for_exact)
+        here = gl.where(of_pages, for_pages, for_exact)
+        head = (mine - first) // here
+        index = (mine - first) % here
         kv_head = gl.load(heads_ptr + head // C.head_blocks)
         far_row = row.to(gl.int64)
         q_ptr += far_row * q_batch
-        if index < for_pages:
+        if of_pages:
             begin = pages * index // for_pages
             count = pages * (index + 1) // for_pages - begin
             _pages(
@@ -176,42 +108,14 @@ def decode_kernel(
                 lower, part_ptr, lse_ptr, part, q_head, table_head, softcap, qscale, C, PAGED, SOFTCAP,
             )  # fmt: skip
         else:
-            begin = (index - for_pages) * C.exact_tokens
-            _exact(
+            begin = index * C.exact_tokens
+            exact_tokens(
                 q_ptr, kv_head, head, begin, gl.minimum(begin + C.exact_tokens, exact), exact, length, page_tokens,
                 start, tail_key_ptr + far_row * tail_batch, tail_value_ptr + far_row * tail_batch,
                 sink_key_ptr + far_row * sink_batch, sink_value_ptr + far_row * sink_batch, part_ptr, lse_ptr, part,
                 q_head, tail_head, tail_token, sink_head, sink_token, tail_capacity, window, softcap, qscale,
                 C, RING, SINKS, WINDOW, SOFTCAP,
             )  # fmt: skip
-
-
-@gluon.jit
-def _query_rows(q_ptr, kv_head, head, q_head, layout: gl.constexpr, C: gl.constexpr):
-    """Pointers to the queries of a block of query heads, padded with the last one."""
-    N: gl.constexpr = C.columns
-    column = gl.arange(0, N, layout=layout)
-    first = (head % C.head_blocks) * N
-    index = kv_head * C.ratio + first + gl.minimum(column, C.ratio - 1 - first)
-    return q_ptr + gl.expand_dims(index.to(gl.int64) * q_head, 0)
-
-
-@gluon.jit
-def _unit(q):
-    """A power of two for each column that brings its largest value into (0.5, 1]."""
-    return gl.exp2(gl.ceil(gl.log2(gl.maximum(gl.max(gl.abs(q), 0), 1e-30))))
-
-
-@gluon.jit
-def _store(part_ptr, lse_ptr, part, out, m, total, head, mma: gl.constexpr, C: gl.constexpr):
-    """A partial result ``[head_dim, columns]`` in the order ``[column][channel]``, and its LSE in log2 units."""
-    N: gl.constexpr = C.columns
-    column = gl.arange(0, N, layout=gl.SliceLayout(0, mma))
-    channel = gl.expand_dims(gl.arange(0, C.head_dim, layout=gl.SliceLayout(1, mma)), 1)
-    real = column < C.ratio - (head % C.head_blocks) * N
-    at = part.to(gl.int64) * N + column
-    gl.store(part_ptr + gl.expand_dims(at * C.head_dim, 0) + channel, out, mask=gl.expand_dims(real, 0))
-    gl.store(lse_ptr + at, gl.where(total > 0, m + gl.log2(total), LOWEST), mask=real)
 
 
 @gluon.jit
@@ -250,12 +154,12 @@ def _pages(
 
     # Q in the order of the columns of K, scaled by a power of two so that its largest value is in (0.5, 1].
     k_index = gl.arange(0, D, layout=gl.SliceLayout(1, right))
-    q_rows = _query_rows(q_ptr, kv_head, head, q_head, gl.SliceLayout(0, right), C)
+    q_rows = query_rows(q_ptr, kv_head, head, q_head, gl.SliceLayout(0, right), C)
     channel = (k_index & 1) * 2 + ((k_index >> 1) & 3) * (C.key_row_words // 2) + ((k_index >> 3) & 1)
     part_of_k = (k_index >> 4) & (C.key_parts - 1)
     channel += part_of_k * (D // C.key_parts) + (k_index // (16 * C.key_parts)) * 4
     qf = gl.load(q_rows + gl.expand_dims(channel, 1)).to(gl.float32)
-    unit = _unit(qf)
+    unit = unit_of(qf)
     shrink = 1.0 / unit
     qn = qf * gl.expand_dims(shrink, 0)
     q_zero = qn.to(gl.float16)
@@ -265,7 +169,7 @@ def _pages(
     qsum8 = gl.convert_layout(gl.sum(q_zero.to(gl.float32), 0), gl.SliceLayout(0, part_sum)) * 128.0
     factor = gl.convert_layout(unit, of_head) * qscale
 
-    l = gl.zeros([8, N], gl.float32, layout=part_sum)
+    mass = gl.zeros([8, N], gl.float32, layout=part_sum)
     acc = gl.zeros([D, N], gl.float32, layout=mma)
     ones_sum = gl.zeros([16, N], gl.float32, layout=mma)
     v_unit = 1.0  # acc and ones_sum are in units of this; it follows the V scale of the latest page
@@ -307,20 +211,20 @@ def _pages(
         vmem = vbuf.index(cur)
         meta = mbuf.index(cur)
 
-        scale = _unpack(meta.slice(0, D // 2).load(lay.key_scale_layout(D, KB)), 8)
+        scale = unpack(meta.slice(0, D // 2).load(lay.key_scale_layout(D, KB)), 8)
         scale = scale.reshape(lay.twos(D)).permute(lay.key_scale_order(D, KB).value).reshape(D)
         scale = gl.convert_layout(scale, gl.SliceLayout(1, right), assert_trivial=True)
         scale = gl.expand_dims(scale, 1) + gl.zeros([D, N], gl.float16, layout=right)
         qs = q_code * scale
         # What rounding took away goes through a product of its own: an outlier channel would feel it.
-        qs_rest = _rest_of_product(q_code, scale, qs)
-        zero = _signed_bytes(meta.slice(D // 2, D // 2).load(lay.key_scale_layout(D, KB)))
+        qs_rest = rest_of_product(q_code, scale, qs)
+        zero = signed_bytes(meta.slice(D // 2, D // 2).load(lay.key_scale_layout(D, KB)))
         zero = zero.reshape(lay.twos(D)).permute(lay.key_scale_order(D, KB).value).reshape(D)
         zero = gl.convert_layout(zero, gl.SliceLayout(0, left), assert_trivial=True)
         zeros = gl.expand_dims(zero, 0) + gl.zeros([16, D], gl.float16, layout=left)
         c = mma_v2(zeros, q_zero, gl.zeros([16, N], gl.float32, layout=mma))
 
-        codes = _unpack(kmem.load(lay.key_codes_layout(D, KB, VB)), KB)
+        codes = unpack(kmem.load(lay.key_codes_layout(D, KB, VB)), KB)
         codes = codes.reshape(lay.twos(64 * D)).permute(lay.key_codes_order(D, KB, VB).value).reshape(64, D)
         codes = gl.convert_layout(codes, left, assert_trivial=True)
         # Two sums of their own: twice as many products in flight.
@@ -332,9 +236,9 @@ def _pages(
             rq, rs = _refined_operands(q_rows, shrink, pool_ptr, r_index, r_page, right, C)
             r_index, r_page = _refined_index(pool_ptr, table, base, i + 2, limit, PAGED, right, C)
 
-        k_scale = _scalar(meta.slice(C.key_page_scale, 1)) * (2.0**33 / 255.0)
-        k_zero = _scalar(meta.slice(C.key_page_zero, 1)) * (1.0 / 127.0)
-        v_scale = _scalar(meta.slice(C.value_page_scale, 1))
+        k_scale = scalar(meta.slice(C.key_page_scale, 1)) * (2.0**33 / 255.0)
+        k_zero = scalar(meta.slice(C.key_page_zero, 1)) * (1.0 / 127.0)
+        v_scale = scalar(meta.slice(C.value_page_scale, 1))
         # Every row of c holds the same numbers: each lane finds those of its heads in its own registers.
         a = gl.convert_layout(factor, gl.SliceLayout(0, part_sum), assert_trivial=True)
         b = gl.convert_layout(gl.max(c.reshape(2, 8, N), 0), part_sum, assert_trivial=True) * 16777216.0
@@ -344,18 +248,18 @@ def _pages(
         x = gl.convert_layout(x.reshape(8, 8, N), blocks, assert_trivial=True)
         y = x * gl.expand_dims(gl.expand_dims(a, 0), 0) + gl.expand_dims(b, 0)
         if SOFTCAP:
-            y = _cap(y, softcap)
+            y = cap(y, softcap)
         if (page0 + i) * 64 < lower:
             y = gl.where((page0 + i) * 64 + token >= lower, y, LOWEST)
         top = gl.maximum(gl.max(gl.max(y, 0), 0), m8)
-        fall8 = _exp2(m8 - top)
+        fall8 = exp2(m8 - top)
         m8 = top
-        p = _exp2(y - gl.expand_dims(gl.expand_dims(top, 0), 0))
-        l = l * gl.expand_dims(fall8, 0) + gl.sum(p, 0)
+        p = exp2(y - gl.expand_dims(gl.expand_dims(top, 0), 0))
+        mass = mass * gl.expand_dims(fall8, 0) + gl.sum(p, 0)
         fall = gl.convert_layout(fall8, of_head, assert_trivial=True)
         p = gl.convert_layout(p.reshape(64, N), mma, assert_trivial=True)
 
-        vs = _unpack(meta.slice(C.value_scale, 32).load(lay.value_scale_layout(VB)), 8)
+        vs = unpack(meta.slice(C.value_scale, 32).load(lay.value_scale_layout(VB)), 8)
         vs = vs.reshape(lay.twos(64)).permute(lay.value_scale_order(VB).value).reshape(64)
         vs = gl.convert_layout(vs, gl.SliceLayout(1, mma), assert_trivial=True).to(gl.int16, bitcast=True)
         # A page of zeros has page scale 0: its P is 0 and the unit stays a number.
@@ -364,8 +268,8 @@ def _pages(
         ratio = fall * (v_unit / v_scale)
         v_unit = v_scale
         p = (p * gl.expand_dims(vs, 1)).to(gl.float16)
-        p = _as_operand(p, right)
-        values = _unpack(vmem.load(lay.value_codes_layout(D, VB)), VB)
+        p = as_operand(p, right)
+        values = unpack(vmem.load(lay.value_codes_layout(D, VB)), VB)
         values = values.reshape(lay.twos(64 * D)).permute(lay.value_codes_order(D, VB).value).reshape(D, 64)
         values = gl.convert_layout(values, left, assert_trivial=True)
         # From zero for every page: the matrix unit truncates when it adds, which would bias long sums.
@@ -376,11 +280,11 @@ def _pages(
         cur = gl.where(cur + 1 >= C.stages, 0, cur + 1)
     async_copy.wait_group(0)
 
-    total = gl.convert_layout(gl.sum(l, 0), of_head)
+    total = gl.convert_layout(gl.sum(mass, 0), of_head)
     middle = gl.max(ones_sum, 0) * (0.5 * ((1 << VB) - 1))
     out = (acc - gl.expand_dims(middle, 0)) * gl.expand_dims(v_unit * (2.0**24 / 255.0) / total, 0)
     m = gl.convert_layout(m8, of_head, assert_trivial=True)
-    _store(part_ptr, lse_ptr, part, out, m, total, head, mma, C)
+    store(part_ptr, lse_ptr, part, out, m, total, head, mma, C)
 
 
 @gluon.jit
@@ -390,12 +294,6 @@ def _token_of_row(row, VALUE_BITS: gl.constexpr):
     for i in gl.static_range(6):
         token |= ((row >> lay.row_position(VALUE_BITS, i)) & 1) << i
     return token
-
-
-@gluon.jit
-def _cap(x, softcap):
-    """``cap * tanh(x / cap)`` with scores and cap in log2 units."""
-    return softcap * (1.0 - 2.0 / (gl.exp2(x * (2.0 * 1.4426950408889634 / softcap)) + 1.0))
 
 
 @gluon.jit
@@ -417,7 +315,9 @@ def _refined_operands(q_rows, shrink, pool_ptr, index, page, right: gl.constexpr
     start = (pool_ptr + page * C.page_words).to(gl.pointer_type(gl.uint8))
     k = gl.arange(0, C.refined_columns, layout=gl.SliceLayout(1, right))
     q = gl.load(q_rows + gl.expand_dims(index, 1)).to(gl.float32) * gl.expand_dims(shrink, 0)
-    scale = gl.load(start + 2 * C.metadata + 2 * C.key_scale + index, mask=k < C.refined_channels, other=0).to(gl.float32)
+    scale = gl.load(start + 2 * C.metadata + 2 * C.key_scale + index, mask=k < C.refined_channels, other=0).to(
+        gl.float32
+    )
     return q, scale * C.refined_unit
 
 
@@ -436,13 +336,21 @@ def _refined_codes(memory, left: gl.constexpr, C: gl.constexpr):
         fine = gl.join(_refined_piece(memory, shift, 0, layout, C), _refined_piece(memory, shift, ROOM, layout, C))
     elif C.refined_columns == 32:
         a = gl.join(_refined_piece(memory, shift, 0, layout, C), _refined_piece(memory, shift, ROOM, layout, C))
-        b = gl.join(_refined_piece(memory, shift, 2 * ROOM, layout, C), _refined_piece(memory, shift, 3 * ROOM, layout, C))
+        b = gl.join(
+            _refined_piece(memory, shift, 2 * ROOM, layout, C), _refined_piece(memory, shift, 3 * ROOM, layout, C)
+        )
         fine = gl.join(a, b)
     else:
         a = gl.join(_refined_piece(memory, shift, 0, layout, C), _refined_piece(memory, shift, ROOM, layout, C))
-        b = gl.join(_refined_piece(memory, shift, 2 * ROOM, layout, C), _refined_piece(memory, shift, 3 * ROOM, layout, C))
-        c = gl.join(_refined_piece(memory, shift, 4 * ROOM, layout, C), _refined_piece(memory, shift, 5 * ROOM, layout, C))
-        d = gl.join(_refined_piece(memory, shift, 6 * ROOM, layout, C), _refined_piece(memory, shift, 7 * ROOM, layout, C))
+        b = gl.join(
+            _refined_piece(memory, shift, 2 * ROOM, layout, C), _refined_piece(memory, shift, 3 * ROOM, layout, C)
+        )
+        c = gl.join(
+            _refined_piece(memory, shift, 4 * ROOM, layout, C), _refined_piece(memory, shift, 5 * ROOM, layout, C)
+        )
+        d = gl.join(
+            _refined_piece(memory, shift, 6 * ROOM, layout, C), _refined_piece(memory, shift, 7 * ROOM, layout, C)
+        )
         fine = gl.join(gl.join(a, b), gl.join(c, d))
     fine = fine.reshape(lay.twos(64 * C.refined_columns))
     fine = fine.permute(lay.refined_order(C.refined_columns, RB, VB).value).reshape(64, C.refined_columns)
@@ -459,86 +367,4 @@ def _refined_piece(memory, shift, AT: gl.constexpr, layout: gl.constexpr, C: gl.
     words = gl.expand_dims(words, 1) + (gl.expand_dims(shift, 0) * 0).to(gl.int16)
     shift = gl.expand_dims(shift, 0) + (words * 0).to(gl.int32)
     types: gl.constexpr = (gl.float16,) * OUT
-    return _join_all(gl.inline_asm_elementwise(ASM, lay.constraints(OUT, 3), [words, shift], types, True, 2))
-
-
-@gluon.jit
-def _exact(
-    q_ptr, kv_head, head, begin, end, exact, length, page_tokens, start, tail_key_ptr, tail_value_ptr, sink_key_ptr,
-    sink_value_ptr, part_ptr, lse_ptr, part, q_head, tail_head, tail_token, sink_head, sink_token, tail_capacity, window,
-    softcap, qscale, C: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
-    SOFTCAP: gl.constexpr,
-):  # fmt: skip
-    """Exact tokens ``begin .. end`` of one row (sinks, then tail) in 16 bits, 16 at a time."""
-    D: gl.constexpr = C.head_dim
-    N: gl.constexpr = C.columns
-    T: gl.constexpr = EXACT_TILE
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    blocks: gl.constexpr = gl.zeros([T, N], gl.float32, layout=mma).reshape(T // 8, 8, N).type.layout
-    part_sum: gl.constexpr = gl.SliceLayout(0, blocks)
-    m = gl.full([N], LOWEST, gl.float32, layout=gl.SliceLayout(0, mma))
-    l = gl.zeros([8, N], gl.float32, layout=part_sum)
-    acc = gl.zeros([D, N], gl.float32, layout=mma)
-    natural = gl.arange(0, D, layout=gl.SliceLayout(1, right))
-    far_head = kv_head.to(gl.int64)
-    tail_key_ptr += far_head * tail_head
-    tail_value_ptr += far_head * tail_head
-    sink_key_ptr += far_head * sink_head
-    sink_value_ptr += far_head * sink_head
-    q_rows = _query_rows(q_ptr, kv_head, head, q_head, gl.SliceLayout(0, right), C)
-    q = gl.load(q_rows + gl.expand_dims(natural, 1)).to(gl.float32)
-    unit = _unit(q)
-    q = (q * gl.expand_dims(1.0 / unit, 0)).to(gl.float16)
-    factor = gl.convert_layout(unit, gl.SliceLayout(0, mma)) * qscale
-    visible_from = gl.maximum(start, length - window) if WINDOW else start
-    tail_first = gl.maximum(page_tokens, visible_from)
-    sinks = exact - (length - tail_first)
-    for first in range(begin, end, T):
-        ktoken = first + gl.arange(0, T, layout=gl.SliceLayout(1, left))
-        kslot = tail_first + ktoken - sinks
-        kslot = kslot % tail_capacity if RING else kslot - page_tokens
-        kchannel = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, left)), 0)
-        kat = gl.where(ktoken < sinks, ktoken * sink_token, kslot * tail_token)
-        kmask = gl.expand_dims(ktoken < exact, 1)
-        if SINKS > 0:
-            is_sink = gl.expand_dims(ktoken < sinks, 1)
-            kptr = gl.where(is_sink, sink_key_ptr + gl.expand_dims(kat, 1) + kchannel,
-                            tail_key_ptr + gl.expand_dims(kat, 1) + kchannel)  # fmt: skip
-        else:
-            kptr = tail_key_ptr + gl.expand_dims(kat, 1) + kchannel
-        key = gl.load(kptr, mask=kmask, other=0.0).to(gl.float16)
-        vtoken = first + gl.arange(0, T, layout=gl.SliceLayout(0, left))
-        vslot = tail_first + vtoken - sinks
-        vslot = vslot % tail_capacity if RING else vslot - page_tokens
-        vchannel = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(1, left)), 1)
-        vat = gl.where(vtoken < sinks, vtoken * sink_token, vslot * tail_token)
-        if SINKS > 0:
-            vptr = gl.where(gl.expand_dims(vtoken < sinks, 0), sink_value_ptr + gl.expand_dims(vat, 0) + vchannel,
-                            tail_value_ptr + gl.expand_dims(vat, 0) + vchannel)  # fmt: skip
-        else:
-            vptr = tail_value_ptr + gl.expand_dims(vat, 0) + vchannel
-        value = gl.load(vptr, mask=gl.expand_dims(vtoken < exact, 0), other=0.0).to(gl.float16)
-        x = mma_v2(key, q, gl.zeros([T, N], gl.float32, layout=mma)) * gl.expand_dims(factor, 0)
-        if SOFTCAP:
-            x = _cap(x, softcap)
-        xtoken = first + gl.arange(0, T, layout=gl.SliceLayout(1, mma))
-        seen = xtoken < exact
-        if SINKS > 0 and WINDOW:
-            seen = seen & ((xtoken >= sinks) | (start + xtoken >= visible_from))
-        if SINKS > 0:
-            seen = seen & ((xtoken >= sinks) | (start + xtoken < page_tokens))
-        x = gl.where(gl.expand_dims(seen, 1), x, LOWEST)
-        top = gl.maximum(gl.max(x, 0), m)
-        fall = _exp2(m - top)
-        m = top
-        p = gl.where(gl.expand_dims(seen, 1), _exp2(x - gl.expand_dims(top, 0)), 0.0)
-        fall8 = gl.convert_layout(fall, gl.SliceLayout(0, part_sum), assert_trivial=True)
-        add = gl.convert_layout(gl.sum(p.reshape(T // 8, 8, N), 0), part_sum, assert_trivial=True)
-        l = l * gl.expand_dims(fall8, 0) + add
-        p = _as_operand(p.to(gl.float16), right)
-        acc = acc * gl.expand_dims(fall, 0) + mma_v2(value, p, gl.zeros([D, N], gl.float32, layout=mma))
-    total = gl.convert_layout(gl.sum(l, 0), gl.SliceLayout(0, mma))
-    out = acc * gl.expand_dims(1.0 / gl.maximum(total, 1e-30), 0)
-    _store(part_ptr, lse_ptr, part, out, m, total, head, mma, C)
+    return join_all(gl.inline_asm_elementwise(ASM, lay.constraints(OUT, 3), [words, shift], types, True, 2))

@@ -12,6 +12,7 @@ Names of index bits: ``g0..g2`` and ``t0, t1`` of the lane, ``o`` odd byte of a 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+
 @gluon.constexpr_function
 def log2(n):
     """Exponent of a power of two."""
@@ -124,7 +125,7 @@ def key_scale_layout(head_dim, bits):
 @gluon.constexpr_function
 def key_scale_order(head_dim, bits):
     """Permutation of unpacked K scales, seen as bits (highest first), to columns."""
-    source = channel_bits(head_dim, bits)[1:][::-1] + ["o"]
+    source = [*channel_bits(head_dim, bits)[1:][::-1], "o"]
     return [source.index(b) for b in column_bits(head_dim, bits)[::-1]]
 
 
@@ -160,7 +161,7 @@ def value_scale_layout(bits):
 @gluon.constexpr_function
 def value_scale_order(bits):
     """Permutation of unpacked V scales, seen as bits (highest first), to rows."""
-    source = token_bits(bits)[1:][::-1] + ["o"]
+    source = [*token_bits(bits)[1:][::-1], "o"]
     return [source.index(b) for b in row_bits(bits)[::-1]]
 
 
@@ -234,6 +235,15 @@ def mask_asm(bits):
     lines += [f"shr.u32 x, ${out}, 8;"]
     lines += [f"and.b32 ${parts + i}, x, {(mask << i * bits) * 0x10001:#010x};" for i in range(parts)]
     return "{ .reg .b32 x; " + " ".join(lines) + " }"
+
+
+@gluon.constexpr_function
+def signed_bytes_asm():
+    """PTX: a pair of 16-bit words to their bytes plus 128, even bytes first."""
+    return (
+        "{ .reg .b32 x; xor.b32 x, $2, 0x80808080; and.b32 $0, x, 0x00ff00ff;"
+        " shr.u32 x, x, 8; and.b32 $1, x, 0x00ff00ff; }"
+    )
 
 
 @gluon.constexpr_function

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.common.paged_kv import PagedKV
-from turboattention.ops.decode.tiles import GluonTile, PortableTile
+from turboattention.ops.decode.tiles import GluonTile, PortableTile, power_of_two
 from turboattention.quant.layout import PageLayout
 
 # Queries of one launch: bounds the memory of partial results.
@@ -46,7 +46,9 @@ class KernelView:
     def of_paged(cls, kv: PagedKV) -> "KernelView":
         """A view of a paged cache."""
         groups = tuple(Group(g.layout, g.heads, g.pool, g.table, 0) for g in kv.groups)
-        return cls(groups, kv.lengths, kv.page_tokens, None, kv.tail_key, kv.tail_value, kv.sink_key, kv.sink_value, True)
+        return cls(
+            groups, kv.lengths, kv.page_tokens, None, kv.tail_key, kv.tail_value, kv.sink_key, kv.sink_value, True
+        )
 
     @classmethod
     def of_cached(cls, kv: CachedKV) -> "KernelView":
@@ -57,7 +59,8 @@ class KernelView:
             torch.full((batch,), n, dtype=torch.int32, device=device) for n in (kv.length, kv.page_tokens)
         )
         starts = None if kv.starts is None else kv.starts.to(torch.int32)
-        return cls(groups, lengths, page_tokens, starts, kv.tail_key, kv.tail_value, kv.sink_key, kv.sink_value, False)
+        tail = kv.tail_key.contiguous(), kv.tail_value.contiguous()
+        return cls(groups, lengths, page_tokens, starts, *tail, kv.sink_key, kv.sink_value, False)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,17 @@ def attend(
             # These queries are not the newest tokens: the cache ends earlier for them.
             part = replace(view, lengths=view.lengths - (q.shape[2] - last))
         for group in view.groups:
-            _launch(q[:, :, first:last], part, group, request, out[:, :, first:last], lse[:, :, first:last], gluon, how, blocks)
+            _launch(
+                q[:, :, first:last],
+                part,
+                group,
+                request,
+                out[:, :, first:last],
+                lse[:, :, first:last],
+                gluon,
+                how,
+                blocks,
+            )
     return out, lse
 
 
@@ -109,11 +122,13 @@ def _launch(
         tile = PortableTile.of(group.layout, ratio, queries, len(group.heads), how)
         columns, row_blocks = tile.rows, -(-ratio * queries // tile.rows)
     rows = len(group.heads) * row_blocks
-    blocks = blocks or _multiprocessors(q.device) * (8 if columns <= 16 else 2)
-    # Rounding gives each row one program more than its share at most, its exact tokens have their own.
+    if blocks is None:
+        # Programs of pages all run at once, and leave a little room for those of exact tokens.
+        multiprocessors = _multiprocessors(q.device)
+        blocks = multiprocessors * (8 if columns <= 16 else 2) - min(multiprocessors, batch * rows)
     sinks = 0 if view.sink_key is None else view.sink_key.shape[2]
     exact_parts = -(-(view.tail_key.shape[2] + sinks) // tile.exact_tokens)
-    grid = blocks + batch * rows * (1 + exact_parts)
+    grid = blocks + batch * rows * (1 + exact_parts)  # every row has at least one program for its pages
     pdl = _dependent_launch(q.device)
     heads = heads_tensor(group.heads, q.device)
     part = torch.empty(grid * columns * dim, dtype=torch.float32, device=q.device)
@@ -124,11 +139,21 @@ def _launch(
     sink_value = view.tail_value if view.sink_value is None else view.sink_value
     tail_strides = _strides(view.tail_key, view.tail_value)
     sink_strides = _strides(sink_key, sink_value)
-    pointers = (table, view.lengths, view.page_tokens, starts, heads, view.tail_key, view.tail_value, sink_key, sink_value)
+    pointers = (
+        table,
+        view.lengths,
+        view.page_tokens,
+        starts,
+        heads,
+        view.tail_key,
+        view.tail_value,
+        sink_key,
+        sink_value,
+    )
     table_strides = (0, group.room) if group.table is None else (group.table.stride(0), group.table.stride(1))
     softcap = (request.softcap or 1.0) * math.log2(math.e)
     flags: dict[str, Any] = {
-        "BATCH": 1 << (batch - 1).bit_length(),
+        "BATCH": power_of_two(batch),
         "SINKS": sinks,
         "STARTS": view.starts is not None,
         "WINDOW": request.window is not None,
@@ -154,20 +179,21 @@ def _launch(
             batch, rows, blocks, ratio, queries, window, softcap, scale, tile, **flags, **shape, CAUSAL=request.causal,
             num_warps=tile.num_warps,
         )  # fmt: skip
-    parts = 1 << max(1, min(7, (-(-blocks // (batch * rows))).bit_length()))
-    dim_padded = 1 << (dim - 1).bit_length()
+    parts = min(128, power_of_two(1 + blocks // (batch * rows)))
+    extra = {"launch_pdl": True} if pdl else {}
     merge_kernel[(batch, len(group.heads) * ratio * queries)](
         part, part_lse, out, lse, view.lengths, view.page_tokens, starts, heads, out.stride(0), out.stride(1),
         out.stride(2), lse.stride(0), lse.stride(1), batch, rows, ratio, queries, window, blocks,
-        COLUMNS=columns, DIM=dim, DIM_PADDED=dim_padded, PARTS=parts, EXACT_PARTS=1 << (exact_parts - 1).bit_length(), PAGE=group.layout.page_size, EXACT=tile.exact_tokens,
-        LEAST=tile.least_pages, ROTATE=(dim & -dim) if group.layout.value.rotated else 0, **flags, num_warps=1 if parts <= 8 else 4,
-        **({"launch_pdl": True} if pdl else {}),
+        COLUMNS=columns, DIM=dim, DIM_PADDED=power_of_two(dim), PARTS=parts, EXACT_PARTS=power_of_two(exact_parts),
+        PAGE=group.layout.page_size, EXACT=tile.exact_tokens, LEAST=tile.least_pages,
+        ROTATE=(dim & -dim) if group.layout.value.rotated else 0, **flags, num_warps=1 if parts <= 8 else 4, **extra,
     )  # fmt: skip
 
 
 def _strides(key: Tensor, value: Tensor) -> tuple[int, int, int]:
     """Batch, head and token strides that K and V share."""
-    assert key.stride() == value.stride() and key.stride(3) == 1, "K and V are stored alike, channels next to each other"
+    if key.stride() != value.stride() or key.stride(3) != 1:
+        raise ValueError(f"K and V are stored unlike: strides {key.stride()} and {value.stride()}")
     return key.stride(0), key.stride(1), key.stride(2)
 
 

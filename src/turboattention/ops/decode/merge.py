@@ -36,18 +36,19 @@ def merge_kernel(
     for_pages, for_exact = row_programs(exact, pages, tl.sum(pages) * heads, programs, EXACT, LEAST)
     paged_parts = tl.sum(tl.where(rows == row, for_pages, 0))
     exact_parts = tl.sum(tl.where(rows == row, for_exact, 0))
-    part = tl.sum(tl.where(rows < row, for_pages + for_exact, 0)) * heads + head * (paged_parts + exact_parts)
-    part = part.to(tl.int64)
+    paged_part = tl.sum(tl.where(rows < row, for_pages, 0)) * heads + head * paged_parts
+    exact_part = tl.sum(for_pages + tl.where(rows < row, for_exact, 0)) * heads + head * exact_parts
     column = of_kv % COLUMNS
     channel = tl.arange(0, DIM_PADDED)
     if PDL:
         tl.extra.cuda.gdc_wait()
     best, total, paged_out = _gather(
-        part_ptr, part_lse_ptr, part, paged_parts, column, channel, COLUMNS, DIM, DIM_PADDED, PARTS
+        part_ptr, part_lse_ptr, paged_part.to(tl.int64), paged_parts, column, channel, COLUMNS, DIM, DIM_PADDED, PARTS
     )
     best2, total2, exact_out = _gather(
-        part_ptr, part_lse_ptr, part + paged_parts, exact_parts, column, channel, COLUMNS, DIM, DIM_PADDED, EXACT_PARTS
-    )
+        part_ptr, part_lse_ptr, exact_part.to(tl.int64), exact_parts, column, channel, COLUMNS, DIM, DIM_PADDED,
+        EXACT_PARTS,
+    )  # fmt: skip
     top = tl.maximum(best, best2)
     fall, fall2 = tl.exp2(best - top), tl.exp2(best2 - top)
     best = top

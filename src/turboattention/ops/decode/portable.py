@@ -38,9 +38,14 @@ def attend_kernel(
     exact_of = tl.where(inside, exact_of, 0)
     all_pages = tl.sum(pages_of) * heads
     for_pages_of, for_exact_of = row_programs(exact_of, pages_of, all_pages, programs, EXACT, LEAST)
-    ends = tl.cumsum(for_pages_of + for_exact_of) * heads
     part = tl.program_id(0)
-    row = tl.sum((ends <= part).to(tl.int32))
+    page_programs = tl.sum(for_pages_of) * heads
+    # This program among those of its kind, and what each row has of them.
+    of_pages = part < page_programs
+    mine = tl.where(of_pages, part, part - page_programs)
+    per_head = tl.where(of_pages, for_pages_of, for_exact_of)
+    ends = tl.cumsum(per_head) * heads
+    row = tl.sum((ends <= mine).to(tl.int32))
     if row < batch:
         first = tl.max(tl.where(rows < row, ends, 0))
         length = tl.load(lengths_ptr + row)
@@ -50,8 +55,9 @@ def attend_kernel(
             start = tl.load(starts_ptr + row)
         exact, pages, lower = sequence_work(length, page_tokens, start, window, queries, PAGE, SINKS, WINDOW)
         for_pages, for_exact = row_programs(exact, pages, all_pages, programs, EXACT, LEAST)
-        head = (part - first) // (for_pages + for_exact)
-        index = (part - first) % (for_pages + for_exact)
+        here = tl.where(of_pages, for_pages, for_exact)
+        head = (mine - first) // here
+        index = (mine - first) % here
         row_blocks = tl.cdiv(ratio * queries, C.rows)
         group = head // row_blocks
         kv_head = tl.load(heads_ptr + group)
@@ -69,7 +75,7 @@ def attend_kernel(
             oldest = tl.maximum(oldest, length - queries + local // ratio - window + 1)
         q_index = (kv_head * ratio + local % ratio).to(tl.int64) * q_head + (local // ratio).to(tl.int64) * q_query
         q_rows = q_ptr + far_row * q_batch + q_index
-        if index < for_pages:
+        if of_pages:
             begin = pages * index // for_pages
             count = pages * (index + 1) // for_pages - begin
             page0 = lower // PAGE + begin
@@ -79,7 +85,7 @@ def attend_kernel(
                 lse_ptr, part, softcap, qscale, C, PAGED, WINDOW, SOFTCAP,
             )  # fmt: skip
         else:
-            begin = (index - for_pages) * EXACT
+            begin = index * EXACT
             _exact(
                 q_rows, begin, tl.minimum(begin + EXACT, exact), exact, length, page_tokens, start, oldest, newest, real,
                 tail_key_ptr + far_row * tail_batch + far_head * tail_head,
@@ -113,7 +119,7 @@ def _exact(
     factor = unit * qscale
 
     m = tl.full([C.rows], -1e30, tl.float32)
-    l = tl.full([C.rows], 0.0, tl.float32)
+    mass = tl.full([C.rows], 0.0, tl.float32)
     acc = tl.full([C.rows, C.dim_padded], 0.0, tl.float32)
     visible_from = start
     if WINDOW:
@@ -145,9 +151,9 @@ def _exact(
         fall = tl.exp2(m - top)
         m = top
         p = tl.where(seen, tl.exp2(x - top[:, None]), 0.0)
-        l = l * fall + tl.sum(p, 1)
+        mass = mass * fall + tl.sum(p, 1)
         acc = acc * fall[:, None] + tl.dot(p.to(tl.float16), value.to(tl.float16))
-    _store(part_ptr, lse_ptr, part, m, l, acc, real, C)
+    _store(part_ptr, lse_ptr, part, m, mass, acc, real, C)
 
 
 @triton.jit
@@ -162,7 +168,7 @@ def _pages(
     factor = unit * qscale
     shrink = 1.0 / unit
     m = tl.full([C.rows], -1e30, tl.float32)
-    l = tl.full([C.rows], 0.0, tl.float32)
+    mass = tl.full([C.rows], 0.0, tl.float32)
     acc = tl.full([C.rows, C.dim_padded], 0.0, tl.float32)
     # Tokens of a page in the order in which the rows of V hold them.
     u = tl.arange(0, PAGE)
@@ -172,6 +178,9 @@ def _pages(
         if PAGED:
             page = tl.load(table + i).to(tl.int64)
         data = pool_ptr + page * C.page_bytes
+        # Loads first, so that they wait together.
+        v_scale = _float16(data + C.value_page_scale)
+        weight = tl.load(data + C.value_scale + token).to(tl.float32)
         k_scale = _float16(data + C.key_page_scale) * (1.0 / 255.0)
         scale = tl.load(data + C.key_scale + channel, mask=channel < C.head_dim, other=0).to(tl.float32)
         exact_qs = q.to(tl.float32) * scale[None, :]
@@ -181,7 +190,9 @@ def _pages(
         b = tl.full([C.rows], 0.0, tl.float32)
         if not C.key_symmetric:
             k_zero = _float16(data + C.key_page_zero) * (1.0 / 127.0)
-            zero = tl.load((data + C.key_zero).to(tl.pointer_type(tl.int8)) + channel, mask=channel < C.head_dim, other=0)
+            zero = tl.load(
+                (data + C.key_zero).to(tl.pointer_type(tl.int8)) + channel, mask=channel < C.head_dim, other=0
+            )
             b = tl.sum(q.to(tl.float32) * zero.to(tl.float32)[None, :], 1) * k_zero
         else:
             b = tl.sum(exact_qs, 1) * (k_scale * -0.5 * ((1 << C.key_bits) - 1))
@@ -201,10 +212,8 @@ def _pages(
         p = tl.exp2(x - top[:, None])
         if WINDOW:
             p = tl.where(x > -1e29, p, 0.0)  # a row may see nothing of this page
-        l = l * fall + tl.sum(p, 1)
+        mass = mass * fall + tl.sum(p, 1)
         # P is weighted and rounded once, and everything of V is taken with the rounded weights.
-        v_scale = _float16(data + C.value_page_scale)
-        weight = tl.load(data + C.value_scale + token).to(tl.float32)
         ps = (p * weight[None, :]).to(tl.float16)
         new = _weighted(data + C.value_codes, ps, channel, C)
         if C.value_symmetric:
@@ -218,17 +227,17 @@ def _pages(
             new = new * (v_scale * (1.0 / 255.0)) + (tl.sum(share, 1) * v_zero)[:, None]
         acc = acc * fall[:, None] + new
 
-    _store(part_ptr, lse_ptr, part, m, l, acc, real, C)
+    _store(part_ptr, lse_ptr, part, m, mass, acc, real, C)
 
 
 @triton.jit
-def _store(part_ptr, lse_ptr, part, m, l, acc, real, C: tl.constexpr):
+def _store(part_ptr, lse_ptr, part, m, mass, acc, real, C: tl.constexpr):
     """A partial result and its LSE in log2 units; a row that saw nothing gets an LSE that says so."""
     channel = tl.arange(0, C.dim_padded)
     at = part.to(tl.int64) * C.rows + tl.arange(0, C.rows)
-    wanted = (real & (l > 0))[:, None] & (channel < C.head_dim)[None, :]
-    tl.store(part_ptr + at[:, None] * C.head_dim + channel[None, :], acc / l[:, None], mask=wanted)
-    tl.store(lse_ptr + at, tl.where(l > 0, m + tl.log2(l), -1e30), mask=real)
+    wanted = (real & (mass > 0))[:, None] & (channel < C.head_dim)[None, :]
+    tl.store(part_ptr + at[:, None] * C.head_dim + channel[None, :], acc / mass[:, None], mask=wanted)
+    tl.store(lse_ptr + at, tl.where(mass > 0, m + tl.log2(mass), -1e30), mask=real)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ def decode_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    window: int | None = None,
     config: AttentionConfig | None = None,
     form: Form = "folded",
 ) -> AttentionOutput:
@@ -23,4 +24,4 @@ def decode_attention(
     """
     if q.dim() != 4 or q.shape[2] != 1:
         raise invalid("q", "[batch, heads, 1, head_dim]", f"shape {tuple(q.shape)}")
-    return prefill_attention(q, kv, scale=scale, causal=True, softcap=softcap, config=config, form=form)
+    return prefill_attention(q, kv, scale=scale, causal=True, softcap=softcap, window=window, config=config, form=form)

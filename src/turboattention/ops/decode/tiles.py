@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from turboattention.quant.layout import PageLayout
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below ``n``."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -13,7 +14,7 @@ def _power_of_two(n: int) -> int:
 class GluonTile:
     """What `gluon.decode_kernel` is compiled for; offsets and sizes in 16-bit words unless said otherwise.
 
-    ratio: query heads of a KV head. columns: query heads of a block (8 or 16), padded. head_blocks: blocks that share a
+    ratio: query heads of a KV head. columns: query heads of a block, padded (16 spill; the second block finds the pages in the L2 cache). head_blocks: blocks that share a
     KV head. groups: KV heads of the table. stages: pages in flight and in use. least_pages: of a program.
     """
 
@@ -52,8 +53,7 @@ class GluonTile:
             value_bits=layout.value.bits,
             ratio=ratio,
             groups=groups,
-            # The registers of 16 columns at head_dim 256 would spill.
-            columns=16 if ratio > 8 and layout.head_dim <= 128 else 8,
+            columns=8,
             stages=2,
             least_pages=2,
             exact_tokens=64,
@@ -106,13 +106,13 @@ class GluonTile:
     @property
     def refined_columns(self) -> int:
         """Refined channels, padded to whole products."""
-        return max(16, _power_of_two(self.refined_channels)) if self.refined_channels else 16
+        return max(16, power_of_two(self.refined_channels)) if self.refined_channels else 16
 
     @property
     def metadata_words(self) -> int:
         """Words of metadata, padded; the pieces of the refined codes may reach beyond what the page has."""
         pieces = self.refined_codes + self.refined_columns * 4 * self.refined_bits
-        return _power_of_two(max(256, self.page_words - self.metadata, pieces))
+        return power_of_two(max(256, self.page_words - self.metadata, pieces))
 
     @property
     def refined_unit(self) -> float:
@@ -167,7 +167,7 @@ class PortableTile:
         offset = {name: region.offset for name, region in layout.regions.items()}
         refined = layout.key.refined_channels(layout.head_dim)
         # Decode needs no more than the heads of a KV head; a long chunk is bound by arithmetic and wants large tiles.
-        rows = min(64, max(16, _power_of_two(ratio * queries)))
+        rows = min(64, max(16, power_of_two(ratio * queries)))
         return cls(
             head_dim=layout.head_dim,
             page=layout.page_size,
@@ -175,7 +175,7 @@ class PortableTile:
             groups=groups,
             exact_tile=16 if rows <= 16 else 64,
             stages=2 if rows <= 16 else 1,
-            num_warps=1 if rows <= 16 else 4,
+            num_warps=2 if rows <= 16 else 4,
             least_pages=2,
             exact_tokens=64 if rows <= 16 else 512,
             page_bytes=layout.nbytes,
@@ -205,7 +205,7 @@ class PortableTile:
 
     @property
     def dim_padded(self) -> int:
-        return _power_of_two(self.head_dim)
+        return power_of_two(self.head_dim)
 
     @property
     def key_parts(self) -> int:
@@ -219,8 +219,8 @@ class PortableTile:
     @property
     def key_columns(self) -> int:
         """Channels of one product, padded."""
-        return max(16, _power_of_two(self.head_dim // self.key_parts))
+        return max(16, power_of_two(self.head_dim // self.key_parts))
 
     @property
     def refined_columns(self) -> int:
-        return max(16, _power_of_two(self.refined_channels))
+        return max(16, power_of_two(self.refined_channels))

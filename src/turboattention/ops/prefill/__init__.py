@@ -1,5 +1,6 @@
 """Attention of a chunk of queries over full pages and its own tokens."""
 
+from turboattention.ops.prefill.cached import cached_attention
 from turboattention.ops.prefill.reference import AttentionOutput, prefill_attention
 
-__all__ = ["AttentionOutput", "prefill_attention"]
+__all__ = ["AttentionOutput", "cached_attention", "prefill_attention"]

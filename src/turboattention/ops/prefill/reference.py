@@ -36,6 +36,7 @@ def prefill_attention(
     scale: float | None = None,
     causal: bool = True,
     softcap: float | None = None,
+    window: int | None = None,
     config: AttentionConfig | None = None,
     form: Form = "folded",
 ) -> AttentionOutput:
@@ -43,24 +44,17 @@ def prefill_attention(
 
     q: ``[batch, heads, queries, head_dim]``, heads a multiple of the KV heads (query head h reads KV head h // ratio).
     scale: factor of the scores, ``head_dim ** -0.5`` when None. softcap: ``cap * tanh(score / cap)`` when given.
+    window: a token sees only that many last tokens, itself included.
     form: ``folded`` multiplies codes and keeps scales outside; ``expanded`` dequantises first. They agree to rounding.
     Rows that see nothing (padding) give zeros and an lse of -inf. Computes in float32 (float64 for float64 q).
     Raises InvalidInputError for shapes that do not fit.
     """
-    check_heads("q", q, head_dim=kv.tail_key.shape[-1])
-    if q.shape[1] % kv.num_kv_heads:
-        raise invalid("q", f"a multiple of {kv.num_kv_heads} KV heads", f"{q.shape[1]} heads")
-    if q.shape[0] != kv.tail_key.shape[0]:
-        raise invalid("q", f"batch {kv.tail_key.shape[0]} as the cache", q.shape[0])
-    if q.shape[2] > kv.length:
-        raise invalid("q", f"at most {kv.length} queries (the tokens of the cache)", q.shape[2])
-    if not q.shape[2]:
-        raise invalid("q", "at least 1 query", 0)
+    check_queries(q, kv)
     config = config or AttentionConfig()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(work).unflatten(1, (kv.num_kv_heads, -1))
-    mask = kv.visible(q.shape[2], causal)
+    mask = kv.visible(q.shape[2], causal, window)
     source = _Folded(kv, work, config) if form == "folded" else _Expanded(kv, work, config)
     outs, lses = [], []
     for first in range(0, q.shape[2], QUERY_BLOCK):
@@ -77,6 +71,19 @@ def prefill_attention(
         lses.append(torch.logsumexp(scores, -1))
     out = torch.cat(outs, 3).flatten(1, 2).to(q.dtype)
     return AttentionOutput(out, torch.cat(lses, 3).flatten(1, 2).float())
+
+
+def check_queries(q: Tensor, kv: CachedKV) -> None:
+    """Raise InvalidInputError unless ``q`` fits the cache."""
+    check_heads("q", q, head_dim=kv.tail_key.shape[-1])
+    if q.shape[1] % kv.num_kv_heads:
+        raise invalid("q", f"a multiple of {kv.num_kv_heads} KV heads", f"{q.shape[1]} heads")
+    if q.shape[0] != kv.tail_key.shape[0]:
+        raise invalid("q", f"batch {kv.tail_key.shape[0]} as the cache", q.shape[0])
+    if q.shape[2] > kv.length:
+        raise invalid("q", f"at most {kv.length} queries (the tokens of the cache)", q.shape[2])
+    if not q.shape[2]:
+        raise invalid("q", "at least 1 query", 0)
 
 
 def _probabilities(scores: Tensor, config: AttentionConfig) -> Tensor:

@@ -1,0 +1,129 @@
+"""Device functions that both halves of the Gluon decode kernel use."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from turboattention.ops.decode import gluon_layouts as lay
+
+LOWEST = gl.constexpr(-1e30)
+
+
+@gluon.jit
+def join_all(parts):
+    if len(parts) == 1:
+        return parts[0]
+    elif len(parts) == 2:
+        return gl.join(parts[0], parts[1])
+    elif len(parts) == 4:
+        return gl.join(gl.join(parts[0], parts[1]), gl.join(parts[2], parts[3]))
+    else:
+        low = gl.join(gl.join(parts[0], parts[1]), gl.join(parts[2], parts[3]))
+        high = gl.join(gl.join(parts[4], parts[5]), gl.join(parts[6], parts[7]))
+        return gl.join(low, high)
+
+
+@gluon.jit
+def unpack(words, BITS: gl.constexpr):
+    """Codes of 16-bit words as float16 subnormals: trailing dimensions are the part of the byte and the byte."""
+    ASM: gl.constexpr = lay.mask_asm(BITS)
+    if BITS == 8:
+        types: gl.constexpr = (gl.float16, gl.float16)
+        parts = gl.inline_asm_elementwise(ASM, lay.constraints(2, 1), [words], types, True, 2)
+    elif BITS == 4:
+        types: gl.constexpr = (gl.float16, gl.float16, gl.float16, gl.float16)
+        parts = gl.inline_asm_elementwise(ASM, lay.constraints(4, 1), [words], types, True, 2)
+    else:
+        types: gl.constexpr = (gl.float16,) * 8
+        parts = gl.inline_asm_elementwise(ASM, lay.constraints(8, 1), [words], types, True, 2)
+    return join_all(parts)
+
+
+@gluon.jit
+def signed_bytes(words):
+    """Signed bytes plus 128 as subnormals."""
+    ASM: gl.constexpr = lay.signed_bytes_asm()
+    return join_all(gl.inline_asm_elementwise(ASM, lay.constraints(2, 1), [words], (gl.float16, gl.float16), True, 2))
+
+
+@gluon.jit
+def transpose_blocks(p):
+    """Swap rows and columns of every 8 x 8 block of an accumulator fragment."""
+    ASM: gl.constexpr = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
+    return gl.inline_asm_elementwise(ASM, "=r,r", [p], gl.float16, True, 2)
+
+
+@gluon.jit
+def as_operand(p, layout: gl.constexpr):
+    """P from the accumulator of Q K^T to the second operand of P V."""
+    M: gl.constexpr = p.shape[0]
+    N: gl.constexpr = p.shape[1]
+    swapped = transpose_blocks(p).reshape(M // 8, 8, N // 8, 8).permute(0, 3, 2, 1).reshape(M, N)
+    return gl.convert_layout(swapped, layout, assert_trivial=True)
+
+
+@gluon.jit
+def exp2(x):
+    """``2^x`` on the special-function unit; results below 2^-126 become 0, which saves two instructions of three."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+
+@gluon.jit
+def rest_of_product(a, b, rounded):
+    """``a * b - rounded`` with one rounding: what a float16 product lost."""
+    ASM: gl.constexpr = "{ .reg .b32 n; neg.f16x2 n, $3; fma.rn.f16x2 $0, $1, $2, n; }"
+    return gl.inline_asm_elementwise(ASM, "=r,r,r,r", [a, b, rounded], gl.float16, True, 2)
+
+
+@gluon.jit
+def scalar(memory):
+    """One float16 of shared memory as a float32 scalar in every lane."""
+    one: gl.constexpr = gl.DistributedLinearLayout([], [[0], [0], [0], [0], [0]], [], [], [1])
+    return gl.max(memory.load(one).to(gl.float16, bitcast=True).to(gl.float32), 0)
+
+
+@gluon.jit
+def copy_words(memory, source, WORDS: gl.constexpr, limit):
+    """Start the copy of up to WORDS words of a page; words from ``limit`` on are not read."""
+    index = gl.arange(0, WORDS, layout=lay.copy_layout(WORDS))
+    async_copy.async_copy_global_to_shared(memory, source + index, mask=index < limit)
+
+
+@gluon.jit
+def copy_all(memory, source, WORDS: gl.constexpr):
+    index = gl.arange(0, WORDS, layout=lay.copy_layout(WORDS))
+    async_copy.async_copy_global_to_shared(memory, source + index)
+
+
+@gluon.jit
+def query_rows(q_ptr, kv_head, head, q_head, layout: gl.constexpr, C: gl.constexpr):
+    """Pointers to the queries of a block of query heads, padded with the last one."""
+    N: gl.constexpr = C.columns
+    column = gl.arange(0, N, layout=layout)
+    first = (head % C.head_blocks) * N
+    index = kv_head * C.ratio + first + gl.minimum(column, C.ratio - 1 - first)
+    return q_ptr + gl.expand_dims(index.to(gl.int64) * q_head, 0)
+
+
+@gluon.jit
+def unit_of(q):
+    """A power of two for each column that brings its largest value into (0.5, 1]."""
+    return gl.exp2(gl.ceil(gl.log2(gl.maximum(gl.max(gl.abs(q), 0), 1e-30))))
+
+
+@gluon.jit
+def store(part_ptr, lse_ptr, part, out, m, total, head, mma: gl.constexpr, C: gl.constexpr):
+    """A partial result ``[head_dim, columns]`` in the order ``[column][channel]``, and its LSE in log2 units."""
+    N: gl.constexpr = C.columns
+    column = gl.arange(0, N, layout=gl.SliceLayout(0, mma))
+    channel = gl.expand_dims(gl.arange(0, C.head_dim, layout=gl.SliceLayout(1, mma)), 1)
+    real = column < C.ratio - (head % C.head_blocks) * N
+    at = part.to(gl.int64) * N + column
+    gl.store(part_ptr + gl.expand_dims(at * C.head_dim, 0) + channel, out, mask=gl.expand_dims(real, 0))
+    gl.store(lse_ptr + at, gl.where(total > 0, m + gl.log2(total), LOWEST), mask=real)
+
+
+@gluon.jit
+def cap(x, softcap):
+    """``cap * tanh(x / cap)`` with scores and cap in log2 units."""
+    return softcap * (1.0 - 2.0 / (gl.exp2(x * (2.0 * 1.4426950408889634 / softcap)) + 1.0))

@@ -1,0 +1,78 @@
+"""Decode over a paged cache: its definition, and the choice of a kernel."""
+
+import torch
+from torch import Tensor
+
+from turboattention.checks import check_heads
+from turboattention.errors import invalid
+from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
+from turboattention.ops.common.paged_kv import PagedKV
+from turboattention.ops.decode.reference import decode_attention
+from turboattention.ops.dispatch import Implementation, choose, code_path
+from turboattention.ops.prefill.reference import AttentionOutput
+
+
+def paged_decode(
+    q: Tensor,
+    kv: PagedKV,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    implementation: Implementation | None = None,
+    programs: int | None = None,
+) -> AttentionOutput:
+    """Attention of the newest token of each sequence over its pages, sinks and tail.
+
+    q: float16, bfloat16 or float32 ``[batch, heads, 1, head_dim]``, heads a multiple of the KV heads. scale:
+    ``head_dim ** -0.5`` when None. softcap: ``cap * tanh(score / cap)``. window: only that many last tokens, the newest
+    included, are seen; pages before them are not read.
+    implementation: None chooses (see `dispatch`); the kernels read lengths on the device alone, so that a CUDA graph
+    may be replayed with others. programs: how many share the pages, None: by the GPU's size. The result is the same bit
+    for bit for the same lengths and the same number of programs.
+    Returns out like q and lse float32 ``[batch, heads, 1]``. Raises InvalidInputError for shapes that do not fit,
+    UnsupportedError for an implementation that can't be had.
+    """
+    check_heads("q", q, head_dim=kv.tail_key.shape[-1])
+    if q.shape[2] != 1 or q.shape[0] != kv.lengths.shape[0] or q.shape[1] % kv.num_kv_heads:
+        expected = f"[{kv.lengths.shape[0]}, a multiple of {kv.num_kv_heads}, 1, {kv.tail_key.shape[-1]}]"
+        raise invalid("q", expected, f"shape {tuple(q.shape)}")
+    if window is not None and window < 1:
+        raise invalid("window", "1 or more tokens", window)
+    if softcap is not None and not softcap > 0:
+        raise invalid("softcap", "a positive number", softcap)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    layouts = tuple(group.layout for group in kv.groups)
+    chosen = choose(layouts, q.device, q.dtype, wanted=implementation).implementation
+    if chosen == "reference":
+        return reference(q, kv, scale=scale, softcap=softcap, window=window)
+    from turboattention.ops.decode.launch import KernelView, Request, attend  # needs Triton
+
+    request = Request(scale, True, softcap, window)
+    view = KernelView.of_paged(kv)
+    how = code_path(q.device)
+    return AttentionOutput(*attend(q, view, request, gluon=chosen == "gluon", how=how, blocks=programs))
+
+
+def reference(
+    q: Tensor, kv: PagedKV, *, scale: float, softcap: float | None = None, window: int | None = None
+) -> AttentionOutput:
+    """The definition: the pages and the tail of each sequence put in order, then decode over them."""
+    parts = [
+        decode_attention(q[i : i + 1], sequence(kv, i), scale=scale, softcap=softcap, window=window)
+        for i in range(q.shape[0])
+    ]
+    return AttentionOutput(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+
+def sequence(kv: PagedKV, index: int) -> CachedKV:
+    """Sequence ``index`` of a paged cache as a contiguous view (copies its pages; reads its length on the host)."""
+    length, paged = int(kv.lengths[index]), int(kv.page_tokens[index])
+    groups = []
+    for group in kv.groups:
+        pages = group.table[index, :, : paged // group.layout.page_size].long()
+        groups.append(HeadGroup(group.layout, group.heads, group.pool[pages][None]))
+    slots = torch.arange(paged, length, device=kv.tail_key.device) % kv.tail_key.shape[2]
+    tail = (x[index : index + 1, :, slots] for x in (kv.tail_key, kv.tail_value))
+    sinks = (None if x is None else x[index : index + 1] for x in (kv.sink_key, kv.sink_value))
+    return CachedKV(tuple(groups), paged, *tail, *sinks)
