@@ -7,19 +7,24 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from turboattention import ops
 from turboattention.bench.case import Case
 from turboattention.kvcache.paged import PagedCache
+from turboattention.ops import dispatch
 from turboattention.ops.append import advance, paged_append_for
 from turboattention.ops.common.paged_kv import PagedKV
 from turboattention.ops.prefill.int8_prefill import Implementation, choose
 from turboattention.quant.codec import encode_pages
+from turboattention.quant.layout import PageLayout
 
 
-def implementation_of(op: str, asked: str | None) -> str:
-    """The implementation that runs: the asked one, or what the operator chooses on this machine."""
-    chosen = ops.implementations()[op]
-    return asked or (chosen if isinstance(chosen, str) else chosen[0])
+def implementation_of(case: Case, device: torch.device) -> str:
+    """The implementation of append or decode that runs: the asked one, or what the operator chooses."""
+    if case.implementation is not None:
+        return case.implementation
+    layout = PageLayout(case.config.page_size, case.head_dim, case.config.key, case.config.value)
+    if case.op == "append":
+        return "reference" if device.type == "cpu" else "triton"
+    return dispatch.choose((layout,), device, torch.float16).implementation
 
 
 def decode(kv: PagedKV, implementation: str | None) -> Callable[[Tensor], Tensor]:
@@ -27,7 +32,7 @@ def decode(kv: PagedKV, implementation: str | None) -> Callable[[Tensor], Tensor
     from turboattention.ops.decode import paged_decode
 
     def attend(q: Tensor) -> Tensor:
-        out: Tensor = paged_decode(q, kv, implementation=implementation).out
+        out: Tensor = paged_decode(q, kv, implementation=cast(dispatch.Implementation | None, implementation)).out
         return out
 
     return attend

@@ -29,7 +29,7 @@ def measure_append(
     that page that differ from the definition, which may be none. against: the same tokens copied into a 16-bit cache,
     or ``decode step``: one decode of the same case, so that 1 / ratio is the share of append.
     """
-    row = new_row(case, machine, adapters.implementation_of("append", case.implementation))
+    row = new_row(case, machine, adapters.implementation_of(case, device))
     row = replace(row, error_limit=0.0)
     try:
         check_form(case)

@@ -56,7 +56,7 @@ def measure_decode(
     """
     check_form(case)
     base = synthetic(case, device)
-    row = new_row(case, machine, adapters.implementation_of("decode", case.implementation))
+    row = new_row(case, machine, adapters.implementation_of(case, device))
     found = _baselines(case, base, device, repeats, [*decode_baselines(device), *peers])
     own = [m for m in found if m.name not in {peer.name for peer in peers}]
     passed = [m for m in own if m.timing is not None]

@@ -1,5 +1,4 @@
-# The names of compile-time arguments are in upper case, and Triton has no types:
-# ruff: noqa: N803
+# Triton has no types:
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 """A kernel that reads a buffer and keeps what makes the reads necessary."""
 

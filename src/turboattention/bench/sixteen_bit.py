@@ -1,5 +1,4 @@
-# The names of compile-time arguments are in upper case, and Triton has no types:
-# ruff: noqa: N803
+# Triton has no types:
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 """Decode over 16-bit K and V in Triton, split along the sequence: a baseline, tuned like the kernels it meets.
 

@@ -21,7 +21,6 @@ from turboattention.report.files import write_atomic
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 17), (5, 23)
 OLDEST_GPU = (8, 0)
 SELF_TEST_FAILED = 1
-REFERENCE_REASON = "this version has no compiled kernel; same results, slower"
 
 
 def doctor(json_path: JsonOption = None) -> None:
@@ -32,7 +31,7 @@ def doctor(json_path: JsonOption = None) -> None:
     report = {
         "schema": 1,
         "environment": _environment(),
-        "operators": [{"name": n, "implementation": i, "reason": why} for n, (i, why) in _operators().items()],
+        "operators": [{"name": n, "implementation": i, "reason": why} for n, (i, why) in implementations().items()],
         "self_test": [{**asdict(check), "passed": check.passed} for check in checks],
         "passed": passed,
     }
@@ -91,14 +90,6 @@ def _triton() -> str:
     if _version("triton") == "not installed":
         return "the kernels are written in it: pip install 'turboattention[triton]'"
     return "compiles the kernels at their first use"
-
-
-def _operators() -> dict[str, tuple[str, str]]:
-    """Implementation and reason of each operator."""
-    found: dict[str, tuple[str, str]] = {}
-    for name, chosen in implementations().items():
-        found[name] = (chosen, REFERENCE_REASON) if isinstance(chosen, str) else tuple(chosen)
-    return found
 
 
 def _show(report: dict[str, Any]) -> None:
