@@ -113,8 +113,8 @@ def _compute(
 ):  # fmt: skip
     """A consumer: 64 rows. limit: tokens that the first row sees, one more for each row after it.
 
-    clear: tiles without mask. EARLY: issue Q K of the next tile before P is packed; better or worse by what the compiler
-    makes of it.
+    clear: tiles without mask. EARLY: issue Q K of the next tile before P is packed; better or worse by what the
+    compiler makes of it.
     """
     k_full, k_empty, v_full, _ = barriers
     k_buffer, v_buffer = buffers
