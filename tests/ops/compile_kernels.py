@@ -9,14 +9,16 @@ MODULE is a path like ``tests/ops/decode_variants.py`` that defines ``VARIANTS``
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NVIDIA = (80, 86, 89, 90, 100, 120)
 AMD = ("gfx90a", "gfx942")
@@ -28,7 +30,8 @@ class Variant:
     """One way to compile a kernel.
 
     kernel: a ``triton.jit`` or ``gluon.jit`` function. types: of the run-time arguments by name (``*fp16``, ``i32``);
-    pointers count as aligned to 16 bytes. constants: values of the ``constexpr`` arguments. targets: names from TARGETS.
+    pointers count as aligned to 16 bytes, unless in ``unaligned``. constants: values of the ``constexpr`` arguments.
+    targets: names from TARGETS. note: what a test wants to find in the row.
     """
 
     name: str
@@ -39,7 +42,8 @@ class Variant:
     num_stages: int = 2
     targets: tuple[str, ...] = TARGETS
     options: Mapping[str, Any] = field(default_factory=dict)
-    unaligned: tuple[str, ...] = ()  # pointers and integers that are not known to be multiples of 16
+    unaligned: tuple[str, ...] = ()
+    note: Mapping[str, Any] = field(default_factory=dict)
 
 
 def gpu_target(name: str) -> Any:
@@ -73,60 +77,66 @@ def compile_variant(variant: Variant, target: str) -> Any:
 def describe(variant: Variant, target: str) -> dict[str, Any]:
     """Spills, instructions of the whole kernel and of its hottest loop, by mnemonic."""
     compiled = compile_variant(variant, target)
-    row: dict[str, Any] = {"name": variant.name, "target": target, "shared": compiled.metadata.shared}
+    row: dict[str, Any] = {"name": variant.name, "target": target, "shared": compiled.metadata.shared, **variant.note}
+    row["lanes"] = variant.num_warps * (32 if target.startswith("sm_") else 64)
     if target.startswith("sm_"):
-        text = compiled.asm["sass"]
-        code = nvidia_instructions(text)
-        row["spills"] = sum(1 for _, op, _ in code if op.startswith(("LDL", "STL")))
-        row["registers"] = None
+        code = nvidia_instructions(disassemble(compiled.asm["cubin"]))
+        row["spills"] = sum(1 for i in code if i.mnemonic.startswith(("LDL", "STL")))
     else:
         text = compiled.asm["amdgcn"]
         code = amd_instructions(text)
         row["spills"] = int(re.search(r"\.private_segment_fixed_size: (\d+)", text)[1])  # type: ignore[index]
     loop = hottest_loop(code)
     row["instructions"] = len(code)
-    row["mnemonics"] = Counter(op.split(".")[0] for _, op, _ in code)
+    row["mnemonics"] = Counter(i.mnemonic.split(".")[0] for i in code)
     row["loop_instructions"] = len(loop)
-    row["loop_mnemonics"] = Counter(op.split(".")[0] for _, op, _ in loop)
-    row["loop_spills"] = sum(1 for _, op, _ in loop if op.startswith(("LDL", "STL", "scratch_")))
+    row["loop_mnemonics"] = Counter(i.mnemonic.split(".")[0] for i in loop)
+    row["loop_spills"] = sum(1 for i in loop if i.mnemonic.startswith(("LDL", "STL", "scratch_")))
     return row
 
 
-Instruction = tuple[str, str, str]  # label before it or "", mnemonic, operands
+class Instruction(NamedTuple):
+    """One instruction; target: the index of the one that it may branch to, or -1."""
+
+    mnemonic: str
+    target: int
+
+
+def disassemble(cubin: bytes) -> str:
+    """The listing of the disassembler that ships with Triton (Triton's own listing ends after 4,096 instructions)."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([knobs.nvidia.cuobjdump.path, "-sass", file.name], text=True)
 
 
 def nvidia_instructions(text: str) -> list[Instruction]:
-    """Instructions of Triton's SASS listing, labels attached to the instruction that follows."""
+    """Instructions of a listing, one every 16 bytes."""
     out: list[Instruction] = []
-    label = ""
     for line in text.splitlines():
-        if line.rstrip().endswith(":") and "\t" not in line:
-            label = line.strip()[:-1]
+        found = re.match(r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);", line)
+        if found is None:
             continue
-        if "\t" not in line:
-            continue
-        words = line.split("\t", 1)[1].split(None, 1)
-        if words and words[0].startswith("@"):
-            words = words[1].split(None, 1) if len(words) > 1 else words
-        if words:
-            out.append((label, words[0].rstrip(";"), words[1] if len(words) > 1 else ""))
-            label = ""
+        target = re.search(r"0x([0-9a-f]+)", found[3]) if found[2].startswith("BRA") else None
+        out.append(Instruction(found[2], int(target[1], 16) // 16 if target else -1))
     return out
 
 
 def amd_instructions(text: str) -> list[Instruction]:
     """Instructions of an AMD listing."""
-    out: list[Instruction] = []
-    label = ""
+    found: list[tuple[str, str]] = []
+    where: dict[str, int] = {}
     for line in text.splitlines():
         stripped = line.split(";")[0].strip()
-        if re.match(r"^\.?L[\w$]*:", stripped):
-            label = stripped.split(":")[0]
+        if label := re.match(r"^(\.?L[\w$]*):", stripped):
+            where[label[1]] = len(found)
         elif re.match(r"^[vs]_|^ds_|^buffer_|^global_|^flat_|^scratch_", stripped):
-            words = stripped.split(None, 1)
-            out.append((label, words[0], words[1] if len(words) > 1 else ""))
-            label = ""
-    return out
+            mnemonic, _, operands = stripped.partition(" ")
+            found.append((mnemonic, operands.strip()))
+    branches = ("s_cbranch", "s_branch")
+    return [Instruction(op, where.get(args, -1) if op.startswith(branches) else -1) for op, args in found]
 
 
 MATRIX = ("HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "v_mfma")
@@ -134,23 +144,14 @@ MATRIX = ("HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQ
 
 def hottest_loop(code: list[Instruction]) -> list[Instruction]:
     """The innermost loop with the most matrix instructions (the most instructions where none has any)."""
-    where = {label: index for index, (label, _, _) in enumerate(code) if label}
-    loops = []
-    for index, (_, op, operands) in enumerate(code):
-        if not op.startswith(("BRA", "s_cbranch", "s_branch")):
-            continue
-        for name in re.findall(r"\.?L[\w$#]+", operands):
-            if where.get(name, index + 1) <= index:
-                loops.append((where[name], index))
+    loops = [(i.target, index) for index, i in enumerate(code) if 0 <= i.target <= index]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     bodies = [code[first : last + 1] for first, last in inner]
-    return max(bodies, key=lambda body: (sum(i[1].startswith(MATRIX) for i in body), len(body)), default=[])
+    return max(bodies, key=lambda body: (sum(i.mnemonic.startswith(MATRIX) for i in body), len(body)), default=[])
 
 
 def rows_of(module: Path) -> list[dict[str, Any]]:
     """What `describe` says of every variant in a module, from a fresh process without the interpreter."""
-    import os
-
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__)), str(module)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
 """Decode kernels to compile for every GPU (see compile_kernels)."""
 
-from compile_kernels import NVIDIA, Variant
+from compile_kernels import AMD, NVIDIA, Variant
 
 from turboattention.config import TensorFormat, get_preset
 from turboattention.ops.decode import gluon
@@ -9,7 +9,8 @@ from turboattention.ops.decode.tiles import GluonTile, PortableTile
 from turboattention.quant.granularity import PerToken
 from turboattention.quant.layout import PageLayout
 
-CUDA = tuple(f"sm_{arch}" for arch in NVIDIA)
+# Dependent launches begin with sm_90.
+OLD, NEW = (tuple(f"sm_{arch}" for arch in NVIDIA if (arch >= 90) == new) for new in (False, True))
 TYPES = {
     "q_ptr": "*fp16", "pool_ptr": "*i16", "table_ptr": "*i32", "lengths_ptr": "*i32", "page_tokens_ptr": "*i32",
     "starts_ptr": "*i32", "heads_ptr": "*i32", "tail_key_ptr": "*fp16", "tail_value_ptr": "*fp16",
@@ -19,7 +20,7 @@ TYPES = {
          "sink_head", "sink_token", "tail_capacity", "batch", "heads", "programs", "window"), "i32"),
     "softcap": "fp32", "qscale": "fp32",
 }  # fmt: skip
-FLAGS = {"BATCH": 8, "PAGED": True, "RING": True, "SINKS": 1, "STARTS": False, "WINDOW": False, "SOFTCAP": False, "PDL": True}
+FLAGS = {"BATCH": 8, "PAGED": True, "RING": True, "SINKS": 1, "STARTS": False, "WINDOW": False, "SOFTCAP": False}
 
 
 def plain(key_bits: int, value_bits: int, head_dim: int = 128) -> PageLayout:
@@ -31,32 +32,48 @@ def preset(name: str, head_dim: int = 128) -> PageLayout:
     return PageLayout(cache.page_size, head_dim, cache.key, cache.value)
 
 
-def gluon_variant(name: str, layout: PageLayout, ratio: int = 4, **flags: object) -> Variant:
+def note(layout: PageLayout, rows: int, bound: float, spills: int = 0) -> dict[str, float]:
+    """bound: instructions for each stored value and eight query heads; spills: allowed in the loop."""
+    values = layout.num_values * max(1, rows // 16)
+    return {"values": values, "instructions_per_value": bound, "loop_spills_allowed": spills}
+
+
+def gluon_variant(name: str, layout: PageLayout, bound: float, ratio: int = 4, spills: int = 0, **flags: object) -> list[Variant]:
     tile = GluonTile.of(layout, ratio, 8)
-    targets = CUDA if not flags.pop("one", False) else ("sm_90",)
     constants = {"C": tile, **FLAGS, **flags}
-    return Variant(name, gluon.decode_kernel, TYPES, constants, num_warps=1, num_stages=1, targets=targets)
+    kept = note(layout, 16, bound, spills)
+    return [
+        Variant(name, gluon.decode_kernel, TYPES, {**constants, "PDL": targets is NEW}, 1, 1, targets, note=kept)
+        for targets in (OLD, NEW)
+    ]
 
 
-def portable_variant(name: str, layout: PageLayout, ratio: int = 4, queries: int = 1, how: str = "asm", **flags: object) -> Variant:
+def portable_variant(
+    name: str, layout: PageLayout, bound: float, ratio: int = 4, queries: int = 1, how: str = "asm", spills: int = 0,
+    where: tuple[tuple[str, ...], ...] = (OLD, NEW), **flags: object,
+) -> list[Variant]:  # fmt: skip
     tile = PortableTile.of(layout, ratio, queries, 8, how)
-    targets = ("sm_90",)
     types = {**TYPES, "pool_ptr": "*u8", **dict.fromkeys(("q_query", "ratio", "queries"), "i32")}
     constants = {"C": tile, **FLAGS, "CAUSAL": True, **flags}
-    return Variant(name, portable.attend_kernel, types, constants, num_warps=tile.num_warps, num_stages=3, targets=targets)
+    kept = note(layout, tile.rows, bound, spills)
+    return [
+        Variant(name, portable.attend_kernel, types, {**constants, "PDL": targets is NEW}, tile.num_warps, 2, targets,
+                note=kept)
+        for targets in where
+    ]  # fmt: skip
 
 
-VARIANTS = [
-    portable_variant("portable turbo4", preset("turbo4")),
-    portable_variant("portable turbo2 words", preset("turbo2"), how="words"),
-    gluon_variant("gluon turbo4", preset("turbo4"), one=True),
-    gluon_variant("gluon turbo2", preset("turbo2"), one=True),
-    gluon_variant("gluon plain 2", plain(2, 2), one=True),
-    gluon_variant("gluon plain K4 V2", plain(4, 2), one=True),
-    gluon_variant("gluon int8", preset("int8"), one=True),
-    gluon_variant("gluon turbo4 64", preset("turbo4", 64), one=True, ratio=3),
-    gluon_variant("gluon turbo2 64", preset("turbo2", 64), one=True, ratio=7),
-    gluon_variant("gluon turbo4 256", preset("turbo4", 256), one=True, ratio=16),
-    gluon_variant("gluon turbo4 ratio 16", preset("turbo4"), one=True, ratio=16),
-    gluon_variant("gluon all flags", preset("turbo4"), one=True, STARTS=True, WINDOW=True, SOFTCAP=True, PAGED=False, RING=False),
+GROUPS = [
+    gluon_variant("gluon turbo4", preset("turbo4"), 2.4),
+    gluon_variant("gluon turbo2", preset("turbo2"), 2.6),
+    gluon_variant("gluon K4 V2", plain(4, 2), 2.1),
+    gluon_variant("gluon int8 64, all flags", preset("int8", 64), 3.6, ratio=3, STARTS=True, WINDOW=True, SOFTCAP=True,
+                  PAGED=False, RING=False),  # fmt: skip
+    gluon_variant("gluon plain 4 D256", plain(4, 4, 256), 2.1, spills=60),
+    portable_variant("portable turbo4", preset("turbo4"), 9.0, spills=60),
+    portable_variant("portable turbo3 80, all flags", preset("turbo3", 80), 40.0, spills=150, STARTS=True, WINDOW=True,
+                     SOFTCAP=True, PAGED=False, RING=False),  # fmt: skip
+    portable_variant("portable turbo4 chunk", preset("turbo4"), 9.0, queries=64, spills=60),
+    portable_variant("portable turbo4 bytes", preset("turbo4"), 40.0, how="bytes", where=(AMD,), spills=400),
 ]
+VARIANTS = [variant for group in GROUPS for variant in group]

@@ -16,8 +16,9 @@ from turboattention.errors import invalid
 from turboattention.quant.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from turboattention.quant.packing import packed_bytes
 
-# A page begins at a cache line: pages of 64 bytes more or less cost 4 % of the bandwidth of a GPU.
-PAGE_ALIGNMENT = 128
+# Pages that kernels read begin at a cache line: at 16 bytes they cost 4 % of the bandwidth of a GPU.
+KERNEL_PAGE_ALIGNMENT = 128
+PAGE_ALIGNMENT = 16
 REGION_ALIGNMENT = 64  # at most: vector loads, and slices of shared memory
 
 
@@ -56,7 +57,7 @@ class PageLayout:
     """The layout of one page.
 
     Order: codes of K, codes of V, scales, zeros and refined codes of K, numbers of the page, scales and zeros of V;
-    each aligned to its own size (at most 64 bytes), the page to 128 bytes. K codes are ``[tokens, D * bits / 8]``; V
+    each aligned to its own size (at most 64 bytes), the page to `alignment`. K codes are ``[tokens, D * bits / 8]``; V
     codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of `packing.permute_tokens`; refined
     codes are ``[channels, tokens * bits / 8]`` with their channels in ``refined_index``.
     """
@@ -124,7 +125,13 @@ class PageLayout:
     def nbytes(self) -> int:
         """Bytes of a page, metadata and padding included."""
         end = max(region.offset + region.nbytes for region in self.regions.values())
-        return -(-end // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+        return -(-end // self.alignment) * self.alignment
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that a page is a multiple of."""
+        read_by_kernels = all(fmt.bits < 16 and fmt.metadata == "two_level" for fmt in (self.key, self.value))
+        return KERNEL_PAGE_ALIGNMENT if read_by_kernels else PAGE_ALIGNMENT
 
     @cached_property
     def gaps(self) -> tuple[tuple[int, int], ...]:

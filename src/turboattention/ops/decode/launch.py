@@ -122,10 +122,8 @@ def _launch(
         tile = PortableTile.of(group.layout, ratio, queries, len(group.heads), how)
         columns, row_blocks = tile.rows, -(-ratio * queries // tile.rows)
     rows = len(group.heads) * row_blocks
-    if blocks is None:
-        # Programs of pages all run at once, and leave a little room for those of exact tokens.
-        multiprocessors = _multiprocessors(q.device)
-        blocks = multiprocessors * (8 if columns <= 16 else 2) - min(multiprocessors, batch * rows)
+    # Programs of pages all run at once: eight of one warp (of about 255 registers a thread) fit a multiprocessor.
+    blocks = blocks or _multiprocessors(q.device) * (8 if columns <= 16 else 2)
     sinks = 0 if view.sink_key is None else view.sink_key.shape[2]
     exact_parts = -(-(view.tail_key.shape[2] + sinks) // tile.exact_tokens)
     grid = blocks + batch * rows * (1 + exact_parts)  # every row has at least one program for its pages

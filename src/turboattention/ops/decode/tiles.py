@@ -166,8 +166,8 @@ class PortableTile:
         """The tile for pages of ``layout`` and chunks of ``queries``; how: the fastest way that the device allows."""
         offset = {name: region.offset for name, region in layout.regions.items()}
         refined = layout.key.refined_channels(layout.head_dim)
-        # Decode needs no more than the heads of a KV head; a long chunk is bound by arithmetic and wants large tiles.
-        rows = min(64, max(16, power_of_two(ratio * queries)))
+        # Decode needs no more than the heads of a KV head; more than 32 rows of a chunk would spill registers.
+        rows = min(32, max(16, power_of_two(ratio * queries)))
         return cls(
             head_dim=layout.head_dim,
             page=layout.page_size,
