@@ -81,8 +81,9 @@ def attend_kernel(
             page0 = lower // PAGE + begin
             _pages(
                 q_rows, pool_ptr, table_ptr + far_row * table_batch + group.to(tl.int64) * table_head + page0,
-                (row * C.groups + group).to(tl.int64) * table_head + page0, page0, count, lower, oldest, real, part_ptr,
-                lse_ptr, part, softcap, qscale, C, PAGED, WINDOW, SOFTCAP,
+                (row * C.groups + group).to(tl.int64) * table_head + page0, page0, count, lower, oldest, newest,
+                length - queries if CAUSAL else length, real, part_ptr, lse_ptr, part, softcap, qscale,
+                C, PAGED, WINDOW, SOFTCAP,
             )  # fmt: skip
         else:
             begin = index * EXACT
@@ -158,10 +159,14 @@ def _exact(
 
 @triton.jit
 def _pages(
-    q_rows, pool_ptr, table, base, page0, count, lower, oldest, real, part_ptr, lse_ptr, part, softcap, qscale,
-    C: tl.constexpr, PAGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    q_rows, pool_ptr, table, base, page0, count, lower, oldest, newest, first_query, real, part_ptr, lse_ptr, part,
+    softcap, qscale, C: tl.constexpr, PAGED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """``count`` pages of one row of work; tokens before ``lower`` (``oldest`` of each row) are not seen."""
+    """``count`` pages of one row of work.
+
+    Tokens before ``lower`` are not seen, and by each row none before ``oldest`` or after ``newest``; pages that end
+    before ``first_query`` hold none of the latter.
+    """
     PAGE: tl.constexpr = C.page
     channel = tl.arange(0, C.dim_padded)
     q, unit = _queries(q_rows, C)
@@ -202,15 +207,16 @@ def _pages(
         x = (x * k_scale + b[:, None]) * factor[:, None]
         if SOFTCAP:
             x = _cap(x, softcap)
-        if (page0 + i) * PAGE < lower or WINDOW:
-            position = (page0 + i) * PAGE + token
-            seen = (position >= lower)[None, :] & (position[None, :] >= oldest[:, None])
-            x = tl.where(seen, x, -1e30)
+        position = (page0 + i) * PAGE + token
+        masked = ((page0 + i) * PAGE < lower) | ((page0 + i + 1) * PAGE > first_query) | WINDOW
+        if masked:
+            seen = (position[None, :] >= oldest[:, None]) & (position[None, :] <= newest[:, None])
+            x = tl.where(seen & (position >= lower)[None, :], x, -1e30)
         top = tl.maximum(tl.max(x, 1), m)
         fall = tl.exp2(m - top)
         m = top
         p = tl.exp2(x - top[:, None])
-        if WINDOW:
+        if masked:
             p = tl.where(x > -1e29, p, 0.0)  # a row may see nothing of this page
         mass = mass * fall + tl.sum(p, 1)
         # P is weighted and rounded once, and everything of V is taken with the rounded weights.
