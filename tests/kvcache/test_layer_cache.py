@@ -622,17 +622,21 @@ def test_paper3_lowers_half_of_the_heads_by_the_priority_of_its_first_pages():
 # --- bytes ---
 
 # Bytes of one page of one KV head, added up by hand: codes of K and V, refined plane of K, float16 then byte metadata,
-# and the padding to 16. Pages of 64 tokens, of 32 for KIVI. D = 128, then D = 64.
+# and the gaps: before regions, which begin at multiples of up to 64, and at the end of the page, a multiple of 128 (of
+# 16 for paper4 and KIVI). Pages of 64 tokens, of 32 for KIVI. D = 128, then D = 64.
 PAGE_BYTES = {
-    # codes 2 x 8192; K 2 + 2 and V 2 for the page; K scale and zero of 128 channels, V scale of 64 tokens
-    "int8": (16384 + 6 + 320 + 10, 8192 + 6 + 192 + 10),
-    # codes 2 x 4096; 12 (6) refined channels of 64 bits and their index
-    "turbo4": (8192 + 12 * 8 + 6 + 320 + 12 + 14, 4096 + 6 * 8 + 6 + 192 + 6 + 4),
-    "turbo3": (6144 + 12 * 8 + 6 + 320 + 12 + 14, 3072 + 6 * 8 + 6 + 192 + 6 + 4),
-    # 32 refined channels (16 for D = 64) of 2 bits
-    "turbo2": (4096 + 32 * 16 + 6 + 320 + 32 + 10, 2048 + 16 * 16 + 6 + 192 + 16 + 10),
-    # K and V: one float16, integer scale and offset of every channel
-    "paper4": (8192 + 4 + 512 + 12, 4096 + 4 + 256 + 12),
+    # codes 2 x 8192; K 2 + 2 and V 2 for the page; K scale and zero of 128 channels, V scale of 64 tokens, which begins
+    # at 16646 + 58 (8326 + 58)
+    "int8": (16384 + 6 + 320 + 58, 8192 + 6 + 192 + 58),
+    # codes 2 x 4096; 12 (6) refined channels of 64 bits and their index; V's scales at 8562 + 14 (4284 + 4), end
+    # 8640 + 64 (4352)
+    "turbo4": (8192 + 12 * 8 + 6 + 320 + 12 + 14 + 64, 4096 + 6 * 8 + 6 + 192 + 6 + 4),
+    "turbo3": (6144 + 12 * 8 + 6 + 320 + 12 + 14 + 64, 3072 + 6 * 8 + 6 + 192 + 6 + 4),
+    # 32 refined channels (16 for D = 64) of 2 bits; their index at 4868 + 28 (2436 + 12), V's scales at 4930 + 62
+    # (2466 + 30), end 5056 + 64
+    "turbo2": (4096 + 32 * 16 + 6 + 320 + 32 + 28 + 62 + 64, 2048 + 16 * 16 + 6 + 192 + 16 + 12 + 30),
+    # K and V: one float16, integer scale and offset of every channel; V's scales at 8452 + 60 (4228 + 60)
+    "paper4": (8192 + 4 + 512 + 60, 4096 + 4 + 256 + 60),
     # 32 tokens: K 128 x 2 float16; V 32 tokens x 4 groups x 2 float16
     "kivi4": (4096 + 512 + 512, 2048 + 256 + 256),
     "kivi2": (2048 + 512 + 512, 1024 + 256 + 256),
@@ -647,6 +651,7 @@ def test_bits_per_value_at_4096_tokens(name: str, heads: int, dim: int):
     cache = Case(presets()[name].cache).cache(heads)
     for first in range(0, 4096, 1024):
         cache.append(*(random_tokens(first + i, 1, 1024, heads, dim) for i in (0, 1)))
+        cache.observe(random_tokens(first, 1, 1, heads, dim))
     cache.commit()
     values = 2 * heads * 4096 * dim
     if name == "fp16":
@@ -656,6 +661,7 @@ def test_bits_per_value_at_4096_tokens(name: str, heads: int, dim: int):
         expected = heads * (pages * PAGE_BYTES[name][dim == 64] + 2 * 2 * dim * exact)
         expected += 2 * 2 * heads * dim * presets()[name].cache.sink_tokens
         expected += 2 * 2 * heads if name == "paper4" else 0  # the universal scales
+        expected += 4 * heads * dim if name in ("turbo4", "turbo3", "turbo2") else 0  # the squared queries
     assert cache.nbytes == expected
     assert cache.num_values == values
     assert cache.nbytes * 8 / cache.num_values == pytest.approx(BITS_PER_VALUE[name][dim == 64], abs=1e-3)
@@ -663,11 +669,11 @@ def test_bits_per_value_at_4096_tokens(name: str, heads: int, dim: int):
 
 # The same as bits per value: what a table shows (D = 128 with 8 heads, D = 64 with 3).
 BITS_PER_VALUE = {
-    "int8": (8.168, 8.207),
-    "turbo4": (4.2227, 4.2539),
-    "turbo3": (3.2227, 3.2539),
-    "turbo2": (2.434, 2.473),
-    "paper4": (4.258, 4.266),
+    "int8": (8.1914, 8.2539),
+    "turbo4": (4.2578, 4.2578),
+    "turbo3": (3.2578, 3.2578),
+    "turbo2": (2.5078, 2.5078),
+    "paper4": (4.2813, 4.3125),
     "kivi4": (5.344, 5.344),
     "kivi2": (3.406, 3.406),
     "fp16": (32.0, 32.0),
@@ -676,14 +682,17 @@ BITS_PER_VALUE = {
 
 @pytest.mark.parametrize(("heads", "dim"), [(8, 128), (3, 64)], ids=["8-heads-of-128", "3-heads-of-64"])
 def test_bytes_of_paper3(heads: int, dim: int):
-    """Every group's page is its two sides, padded to 16 bytes; on each side half of the heads are low."""
+    """Every group's page is its two sides and a gap before V's scales; on each side half of the heads are low.
+
+    Codes and scales of K are a multiple of 64 bytes in every group, then come two float16, and V's scales at the next.
+    """
     cache = Case(presets()["paper3"].cache).cache(heads)
     cache.append(*(random_tokens(i, 1, 1024, heads, dim) for i in (0, 1)))
     cache.commit()
     total = 0
     for group in cache.groups:
         used = sum(PAPER_SIDE_BYTES[f.bits][dim == 64] for f in (group.layout.key, group.layout.value))
-        total += len(group.heads) * 16 * -(-used // 16) * 16
+        total += len(group.heads) * 16 * (used + 60)
     assert cache.nbytes == total + 2 * 2 * heads
     for side in ("key", "value"):
         assert sum(len(g.heads) for g in cache.groups if getattr(g.layout, side).bits == 2) == heads // 2

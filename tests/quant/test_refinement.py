@@ -159,27 +159,27 @@ def test_small_page_by_hand():
 @pytest.mark.parametrize(
     ("name", "dim", "codes", "plane_at", "index_at"),
     [
-        # K and V codes, scales and zeros of K, the plane; then scales of V and, where their number is no multiple of
-        # 4, two float16 of K before the numbers of the channels
-        ("turbo4", 64, (6, 8), 2048 + 2048 + 128, 48 + 64 + 4),
-        ("turbo4", 128, (12, 8), 4096 + 4096 + 256, 96 + 64),
-        ("turbo3", 64, (6, 8), 1536 + 1536 + 128, 48 + 64 + 4),
-        # 72 bytes of the plane and 9 numbers are no multiple of 16 or of 2: the plane moves behind V's scales, the
-        # numbers behind all float16
-        ("turbo3", 96, (9, 8), 2304 + 2304 + 192 + 64, 72 + 6),
-        ("turbo2", 64, (16, 16), 1024 + 1024 + 128, None),
-        ("turbo2", 256, (64, 16), 4096 + 4096 + 512, None),
+        # K and V codes, scales and zeros of K, the plane; then two float16 of K, then the numbers of the channels
+        ("turbo4", 64, (6, 8), 2048 + 2048 + 128, 48 + 4),
+        ("turbo4", 128, (12, 8), 4096 + 4096 + 256, 96 + 4),
+        ("turbo3", 64, (6, 8), 1536 + 1536 + 128, 48 + 4),
+        # 9 numbers may begin anywhere
+        ("turbo3", 96, (9, 8), 2304 + 2304 + 192, 72 + 4),
+        # 16, 32 and 64 numbers begin at a multiple of 16, 32 and 64: 2436 + 12, 4868 + 28, 9732 + 60
+        ("turbo2", 64, (16, 16), 1024 + 1024 + 128, 256 + 4 + 12),
+        ("turbo2", 128, (32, 16), 2048 + 2048 + 256, 512 + 4 + 28),
+        ("turbo2", 256, (64, 16), 4096 + 4096 + 512, 1024 + 4 + 60),
+        # a plane of 320 bytes begins at a multiple of 64: 2720 + 32
+        ("turbo2", 80, (20, 16), 1280 + 1280 + 160 + 32, 320 + 4),
     ],
 )
-def test_regions_by_hand(name: str, dim: int, codes: tuple[int, int], plane_at: int, index_at: int | None):
-    """Regions of a multiple of 16 bytes come first; the numbers of 16 or 64 channels are such and precede the plane."""
+def test_regions_by_hand(name: str, dim: int, codes: tuple[int, int], plane_at: int, index_at: int):
+    """index_at: bytes from the plane to the numbers of its channels."""
     cache = presets()[name].cache
     layout = PageLayout(cache.page_size, dim, cache.key, cache.value)
     plane, numbers = layout.regions["key_refined_codes"], layout.regions["key_refined_index"]
-    # index_at: bytes from the plane to the numbers; None: the numbers come right before it.
-    index = plane_at if index_at is None else plane_at + index_at
-    start = plane_at + codes[0] if index_at is None else plane_at
-    assert (plane.offset, *plane.shape) == (start, *codes)
+    index = plane_at + index_at
+    assert (plane.offset, *plane.shape) == (plane_at, *codes)
     assert (numbers.offset, *numbers.shape) == (index, codes[0])
     assert plane.dtype == numbers.dtype == torch.uint8
     # The bytes are there, and a reader finds them without the layout.
@@ -192,7 +192,7 @@ def test_regions_by_hand(name: str, dim: int, codes: tuple[int, int], plane_at: 
     bits = cache.key.refined_bits
     for row in range(rows):
         for t in range(64):
-            byte = page[start + row * width + t % width]
+            byte = page[plane_at + row * width + t % width]
             assert byte >> bits * (t // width) & 2**bits - 1 == refinement.codes[row, t]
 
 
