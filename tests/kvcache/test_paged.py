@@ -240,9 +240,7 @@ def test_sizes_are_refused():
 
 def test_layouts_that_a_gpu_kernel_cannot_write_are_refused():
     layout = PageLayout(32, 64, CONFIGS["kivi4"].key, CONFIGS["kivi4"].value)
-    with pytest.raises(
-        UnsupportedError, match="paged append on cuda: key: the append kernel writes two-level"
-    ):
+    with pytest.raises(UnsupportedError, match="paged append on cuda: key: the append kernel writes two-level"):
         paged_append_for([layout], torch.device("cuda"))
     assert paged_append_for([layout], torch.device("cpu")) is append_paged
 

@@ -73,7 +73,9 @@ def sixteen_bit_error(q: Tensor, kv: CachedKV, **arguments: float | int | None) 
     return relative_rms(got, want)
 
 
-def assert_like_the_definition(q: Tensor, kv: CachedKV, implementation: str = "triton", **arguments: float | int | None) -> None:
+def assert_like_the_definition(
+    q: Tensor, kv: CachedKV, implementation: str = "triton", **arguments: float | int | None
+) -> None:
     want = prefill_attention(q.double(), kv, **arguments)
     got = cached_attention(q, kv, implementation=implementation, **arguments)
     assert got.out.dtype == q.dtype
@@ -85,7 +87,9 @@ def assert_like_the_definition(q: Tensor, kv: CachedKV, implementation: str = "t
 
 
 @pytest.mark.parametrize("preset", ["int8", "turbo4", "turbo3", "turbo2"])
-@pytest.mark.parametrize(("head_dim", "ratio", "length"), [(64, 3, 130), (80, 1, 200), (96, 2, 64), (128, 4, 193), (256, 2, 129)])
+@pytest.mark.parametrize(
+    ("head_dim", "ratio", "length"), [(64, 3, 130), (80, 1, 200), (96, 2, 64), (128, 4, 193), (256, 2, 129)]
+)
 def test_decode(preset: str, head_dim: int, ratio: int, length: int):
     kv = filled(policy_of(preset), length, head_dim=head_dim)
     assert_like_the_definition(queries(kv, ratio), kv)
@@ -108,7 +112,9 @@ def test_other_dtypes_of_queries(dtype: torch.dtype):
 
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize(
-    "arguments", [{"softcap": 5.0}, {"window": 50}, {"window": 1}, {"window": 150, "softcap": 20.0}, {"scale": 0.3}], ids=str
+    "arguments",
+    [{"softcap": 5.0}, {"window": 50}, {"window": 1}, {"window": 150, "softcap": 20.0}, {"scale": 0.3}],
+    ids=str,
 )
 def test_softcap_window_and_scale(arguments: dict[str, float], count: int):
     kv = filled(policy_of("turbo4"), 260)
@@ -156,7 +162,9 @@ def paged(presets_of: CachedKV, lengths: tuple[int, ...], policy: Policy, **shap
     views = [filled(policy, length, seed=i, **shape) for i, length in enumerate(lengths)]
     batch, heads, _, dim = len(views), *presets_of.tail_key.shape[1:]
     capacity, most = 128, max(view.page_tokens for view in views) // 64
-    tail = {name: torch.full((batch, heads, capacity, dim), torch.nan, dtype=torch.float16, device=DEVICE) for name in "kv"}
+    tail = {
+        name: torch.full((batch, heads, capacity, dim), torch.nan, dtype=torch.float16, device=DEVICE) for name in "kv"
+    }
     sinks = [torch.zeros(batch, heads, policy.cache.sink_tokens, dim, dtype=torch.float16, device=DEVICE) for _ in "kv"]
     order = torch.randperm(batch * heads * most + 5, generator=torch.Generator().manual_seed(4)).int().to(DEVICE)
     layout = presets_of.groups[0].layout
@@ -263,20 +271,30 @@ def test_bad_arguments(arguments: dict[str, float], message: str):
 def test_every_gpu_has_its_kernels():
     """No spills in hot loops, matrix instructions in them, and a bound on instructions for each value of the cache."""
     rows = rows_of(Path(__file__).with_name("decode_variants.py"))
-    assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"}
+    assert {row["target"] for row in rows} == {
+        "sm_80",
+        "sm_86",
+        "sm_89",
+        "sm_90",
+        "sm_100",
+        "sm_120",
+        "gfx90a",
+        "gfx942",
+    }
     for row in rows:
         named = f"{row['name']} on {row['target']}"
         hot = row["loop_mnemonics"]
         matrix = sum(n for name, n in hot.items() if name.startswith(("HMMA", "HGMMA", "UTCHMMA", "v_mfma")))
         assert matrix >= 16, named
-        if "D256" not in row["name"]:
-            assert row["loop_spills"] <= row["loop_spills_allowed"], named
+        assert row["loop_spills"] <= row["loop_spills_allowed"], named
         assert row["loop_instructions"] * row["lanes"] <= row["instructions_per_value"] * row["values"], named
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["int8", "turbo4", "turbo2"])
-@pytest.mark.parametrize(("head_dim", "ratio", "length"), [(64, 3, 130), (128, 4, 1000), (128, 16, 193), (128, 20, 65), (256, 2, 129)])
+@pytest.mark.parametrize(
+    ("head_dim", "ratio", "length"), [(64, 3, 130), (128, 4, 1000), (128, 16, 193), (128, 20, 65), (256, 2, 129)]
+)
 def test_gluon_decode(preset: str, head_dim: int, ratio: int, length: int):
     kv = filled(policy_of(preset), length, head_dim=head_dim)
     assert_like_the_definition(queries(kv, ratio), kv, "gluon")

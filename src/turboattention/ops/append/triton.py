@@ -2,7 +2,6 @@
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 # Triton has no annotations, and its kernels are compiled from untyped Python.
-# ruff: noqa: N803, N806 - compile-time constants of a kernel are written in capitals, as in all Triton code
 
 import torch
 import triton

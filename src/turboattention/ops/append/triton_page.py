@@ -10,7 +10,6 @@ power of two. V is held as ``[tokens, channels]`` with its tokens in stored orde
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 # Triton has no annotations, and its kernels are compiled from untyped Python.
-# ruff: noqa: N803, N806 - compile-time constants of a kernel are written in capitals, as in all Triton code
 
 import triton
 import triton.language as tl

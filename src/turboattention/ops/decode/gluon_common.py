@@ -11,6 +11,7 @@ LOWEST = gl.constexpr(-1e30)
 
 @gluon.jit
 def join_all(parts):
+    """Tensors to one with new last dimensions of size 2: the index bits of the list, lowest first."""
     if len(parts) == 1:
         return parts[0]
     elif len(parts) == 2:
@@ -28,14 +29,11 @@ def unpack(words, BITS: gl.constexpr):
     """Codes of 16-bit words as float16 subnormals: trailing dimensions are the part of the byte and the byte."""
     ASM: gl.constexpr = lay.mask_asm(BITS)
     if BITS == 8:
-        types: gl.constexpr = (gl.float16, gl.float16)
-        parts = gl.inline_asm_elementwise(ASM, lay.constraints(2, 1), [words], types, True, 2)
+        parts = gl.inline_asm_elementwise(ASM, lay.constraints(2, 1), [words], (gl.float16,) * 2, True, 2)
     elif BITS == 4:
-        types: gl.constexpr = (gl.float16, gl.float16, gl.float16, gl.float16)
-        parts = gl.inline_asm_elementwise(ASM, lay.constraints(4, 1), [words], types, True, 2)
+        parts = gl.inline_asm_elementwise(ASM, lay.constraints(4, 1), [words], (gl.float16,) * 4, True, 2)
     else:
-        types: gl.constexpr = (gl.float16,) * 8
-        parts = gl.inline_asm_elementwise(ASM, lay.constraints(8, 1), [words], types, True, 2)
+        parts = gl.inline_asm_elementwise(ASM, lay.constraints(8, 1), [words], (gl.float16,) * 8, True, 2)
     return join_all(parts)
 
 
@@ -91,6 +89,7 @@ def copy_words(memory, source, WORDS: gl.constexpr, limit):
 
 @gluon.jit
 def copy_all(memory, source, WORDS: gl.constexpr):
+    """Start the copy of WORDS words."""
     index = gl.arange(0, WORDS, layout=lay.copy_layout(WORDS))
     async_copy.async_copy_global_to_shared(memory, source + index)
 

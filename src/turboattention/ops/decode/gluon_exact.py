@@ -12,8 +12,8 @@ TILE = gl.constexpr(16)  # tokens: one product
 @gluon.jit
 def exact_tokens(
     q_ptr, kv_head, head, begin, end, exact, length, page_tokens, start, tail_key_ptr, tail_value_ptr, sink_key_ptr,
-    sink_value_ptr, part_ptr, lse_ptr, part, q_head, tail_head, tail_token, sink_head, sink_token, tail_capacity, window,
-    softcap, qscale, C: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
+    sink_value_ptr, part_ptr, lse_ptr, part, q_head, tail_head, tail_token, sink_head, sink_token, tail_capacity,
+    window, softcap, qscale, C: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
     SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Exact tokens ``begin .. end`` of one row (sinks, then tail) in 16 bits, 16 at a time."""

@@ -2,8 +2,8 @@
 
 One warp multiplies with ``mma.m16n8k16``: lane ``4 g + t`` holds rows g and g + 8 of the first operand and, of its 16
 columns, 2t, 2t + 1, 2t + 8 and 2t + 9. Codes stay where the page layout puts them (`quant.packing`); which token a row
-and which channel a column stands for is free, as long as Q, P and V agree. The choice below makes every byte that a lane
-loads its own operand: no shuffles, only masks.
+and which channel a column stands for is free, as long as Q, P and V agree. The choice below makes every byte that a
+lane loads its own operand: no shuffles, only masks.
 
 Names of index bits: ``g0..g2`` and ``t0, t1`` of the lane, ``o`` odd byte of a 16-bit word, ``e`` odd 16-bit word of a
 32-bit register, ``w`` further words, ``h`` which of the parts of a row that share a byte (low or high nibble, ...).
@@ -47,7 +47,7 @@ def token_bits(value_bits):
 
 @gluon.constexpr_function
 def row_bits(value_bits):
-    """Index bits of a row of Q K^T (and of a column of V), lowest first: three of the 8-row block, three of its number."""
+    """Index bits of a row of Q K^T and of a column of V, lowest first: three inside a block of 8, three above."""
     return ["e", "t0", "t1"] + {8: ["o", "w0", "w1"], 4: ["o", "w0", "h0"], 2: ["o", "h0", "h1"]}[value_bits]
 
 
@@ -167,7 +167,7 @@ def value_scale_order(bits):
 
 @gluon.constexpr_function
 def part_of_row_bit(value_bits):
-    """Position of the first bit of the part inside the row index: rows of part h hold codes shifted left by h * bits."""
+    """First bit of the part inside the row index: rows of part h hold codes shifted left by h * bits."""
     return 6 - parts_bits(value_bits)
 
 
@@ -227,7 +227,7 @@ def _refined_channel_bits(channels):
 
 @gluon.constexpr_function
 def mask_asm(bits):
-    """PTX: a pair of 16-bit words to the pairs of codes in it, each code shifted left by bits * part; odd bytes last."""
+    """PTX: a pair of 16-bit words to its pairs of codes, each shifted left by bits * part; odd bytes last."""
     parts = 8 // bits
     out = 2 * parts
     mask = (1 << bits) - 1

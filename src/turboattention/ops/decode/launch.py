@@ -1,4 +1,4 @@
-"""From caches to kernels: what a launch of attention over pages needs, built without reading anything from the device."""
+"""From caches to kernels: what a launch of attention over pages needs, without reading anything from the device."""
 
 import math
 from collections.abc import Sequence
@@ -124,6 +124,8 @@ def _launch(
     rows = len(group.heads) * row_blocks
     # Programs of pages all run at once: eight of one warp (of about 255 registers a thread) fit a multiprocessor.
     blocks = blocks or _multiprocessors(q.device) * (8 if columns <= 16 else 2)
+    room = group.room if group.table is None else group.table.shape[2]
+    blocks = max(1, min(blocks, room * batch * rows // tile.least_pages))
     sinks = 0 if view.sink_key is None else view.sink_key.shape[2]
     exact_parts = -(-(view.tail_key.shape[2] + sinks) // tile.exact_tokens)
     grid = blocks + batch * rows * (1 + exact_parts)  # every row has at least one program for its pages

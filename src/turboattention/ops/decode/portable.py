@@ -88,7 +88,8 @@ def attend_kernel(
         else:
             begin = index * EXACT
             _exact(
-                q_rows, begin, tl.minimum(begin + EXACT, exact), exact, length, page_tokens, start, oldest, newest, real,
+                q_rows, begin, tl.minimum(begin + EXACT, exact), exact, length, page_tokens, start, oldest, newest,
+                real,
                 tail_key_ptr + far_row * tail_batch + far_head * tail_head,
                 tail_value_ptr + far_row * tail_batch + far_head * tail_head,
                 sink_key_ptr + far_row * sink_batch + far_head * sink_head,

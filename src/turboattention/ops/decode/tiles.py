@@ -14,8 +14,9 @@ def power_of_two(n: int) -> int:
 class GluonTile:
     """What `gluon.decode_kernel` is compiled for; offsets and sizes in 16-bit words unless said otherwise.
 
-    ratio: query heads of a KV head. columns: query heads of a block, padded (16 spill; the second block finds the pages in the L2 cache). head_blocks: blocks that share a
-    KV head. groups: KV heads of the table. stages: pages in flight and in use. least_pages: of a program.
+    ratio: query heads of a KV head. columns: query heads of a program, padded (16 would spill registers; programs of
+    the same KV head find its pages in the L2 cache). head_blocks: programs that share a KV head. groups: KV heads of
+    the table. stages: pages in flight and in use. least_pages: of a program. exact_tokens: of a program.
     """
 
     head_dim: int

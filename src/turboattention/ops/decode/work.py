@@ -2,10 +2,10 @@
 
 A row is a KV head (or a block of its query heads) of a sequence. Its pages are split evenly among as many programs as
 its share of all pages of the launch is worth, so that a ragged batch loads all multiprocessors; its exact tokens (sinks
-and tail) are programs of their own, because only pages are rotated and need the long loop. Programs of pages come first:
-they run long and must all start at once (the share is rounded down, so that they fit), the short ones of exact tokens
-fill what is left. The programs of a row are neighbours, and so are their partial results: program ``i`` writes part
-``i``.
+and tail) are programs of their own, because only pages are rotated and need the long loop. Programs of pages come
+first: they run long and should all start at once, so shares are rounded down, but not so far that a program has over
+9/8 of the average, which a ragged batch would wait for. The short programs of exact tokens fill what is left. The
+programs of a row are neighbours, and so are their partial results: program ``i`` writes part ``i``.
 """
 
 import triton
@@ -42,6 +42,7 @@ def row_programs(exact, pages, all_pages, programs, EXACT: tl.constexpr, LEAST: 
     all_pages: pages of all rows of the launch, which ``programs`` programs are to share. EXACT: exact tokens of a
     program. LEAST: a program with fewer pages is not worth the merge.
     """
-    share = pages * programs // tl.maximum(all_pages, 1)
+    all_pages = tl.maximum(all_pages, 1)
+    share = tl.maximum(pages * programs // all_pages, (8 * pages * programs + 9 * all_pages - 1) // (9 * all_pages))
     for_pages = tl.where(pages > 0, tl.maximum(tl.minimum(share, pages // LEAST), 1), 0)
     return for_pages, (exact + EXACT - 1) // EXACT
