@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,16 +161,31 @@ def rows_of(module: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def main(path: str) -> None:
+def variants_of(path: str) -> list[Variant]:
+    """``VARIANTS`` of a module given by its path."""
     sys.path.insert(0, str(Path(__file__).parent))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for variant in module.VARIANTS:
-        for target in variant.targets:
-            print(json.dumps(describe(variant, target)), flush=True)
+    variants: list[Variant] = module.VARIANTS
+    return variants
+
+
+def described(task: tuple[str, int, str]) -> str:
+    """The JSON row of one variant and target, in a process of the pool."""
+    path, index, target = task
+    return json.dumps(describe(variants_of(path)[index], target))
+
+
+def main(path: str) -> None:
+    # The module that defines Variant must be one and the same in the pool's processes and in `path`.
+    sys.modules["compile_kernels"] = sys.modules["__main__"]
+    tasks = [(path, i, target) for i, variant in enumerate(variants_of(path)) for target in variant.targets]
+    with ProcessPoolExecutor(2) as pool:
+        for row in pool.map(described, tasks):
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,20 @@ def note(layout: PageLayout, rows: int, bound: float, spills: int = 0) -> dict[s
 
 
 def gluon_variant(
-    name: str, layout: PageLayout, bound: float, ratio: int = 4, spills: int = 0, **flags: object
+    name: str,
+    layout: PageLayout,
+    bound: float,
+    ratio: int = 4,
+    spills: int = 0,
+    where: tuple[tuple[str, ...], ...] = (OLD, NEW),
+    **flags: object,
 ) -> list[Variant]:
     tile = GluonTile.of(layout, ratio, 8)
     constants = {"C": tile, **FLAGS, **flags}
     kept = note(layout, 16, bound, spills)
     return [
         Variant(name, gluon.decode_kernel, TYPES, {**constants, "PDL": targets is NEW}, 1, 1, targets, note=kept)
-        for targets in (OLD, NEW)
+        for targets in where
     ]
 
 
@@ -69,7 +75,7 @@ def portable_variant(
 GROUPS = [
     gluon_variant("gluon turbo4", preset("turbo4"), 2.4),
     gluon_variant("gluon turbo2", preset("turbo2"), 2.6),
-    gluon_variant("gluon K4 V2", plain(4, 2), 2.1),
+    gluon_variant("gluon K4 V2", plain(4, 2), 2.1, where=(("sm_80",), NEW)),
     gluon_variant(
         "gluon int8 64, all flags",
         preset("int8", 64),
@@ -81,7 +87,7 @@ GROUPS = [
         PAGED=False,
         RING=False,
     ),
-    gluon_variant("gluon plain 4 D256", plain(4, 4, 256), 2.1, spills=60),
+    gluon_variant("gluon plain 4 D256", plain(4, 4, 256), 2.1, spills=60, where=(("sm_80",), ("sm_90",))),
     # The portable kernel spills some registers in its loop: with four warps it does not, and is a third slower.
     portable_variant("portable turbo4", preset("turbo4"), 9.0, spills=80),
     portable_variant(

@@ -285,7 +285,7 @@ def test_every_gpu_has_its_kernels():
         named = f"{row['name']} on {row['target']}"
         hot = row["loop_mnemonics"]
         matrix = sum(n for name, n in hot.items() if name.startswith(("HMMA", "HGMMA", "UTCHMMA", "v_mfma")))
-        assert matrix >= 16, named
+        assert matrix >= 12, named
         assert row["loop_spills"] <= row["loop_spills_allowed"], named
         assert row["loop_instructions"] * row["lanes"] <= row["instructions_per_value"] * row["values"], named
 
