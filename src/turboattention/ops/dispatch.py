@@ -1,5 +1,6 @@
 """Which implementation an operator uses, and why: chosen from the device, the format and the arithmetic asked for."""
 
+import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
@@ -42,6 +43,8 @@ def without_portable(layout: PageLayout) -> str | None:
     for side, fmt, granularity in (("K", layout.key, PerChannel), ("V", layout.value, PerToken)):
         if reason := _unsupported(fmt, granularity):
             return f"{side}: {reason}"
+    if layout.page_size < 64:
+        return f"pages of {layout.page_size} tokens, the kernels read 64 or 128"
     return "K: rotated" if layout.key.rotated else None
 
 
@@ -105,6 +108,12 @@ def choose(
             "triton", "asked for" if wanted else f"portable Triton kernel, because Gluon's is not: {no_gluon}"
         )
     return Choice("gluon", "Gluon kernel for NVIDIA GPUs from sm_80 on")
+
+
+@lru_cache(maxsize=64)
+def say_slower(reason: str) -> None:
+    """Warn, once for each reason, that a GPU computes by the PyTorch definition."""
+    warnings.warn(f"attention over compressed pages runs in PyTorch, which is slower: {reason}", stacklevel=4)
 
 
 def _not_computed(config: AttentionConfig, dtype: torch.dtype) -> str | None:

@@ -54,7 +54,8 @@ def _copy_page(kbuf, vbuf, mbuf, slot, page, C: gl.constexpr):
     async_copy.commit_group()
 
 
-@gluon.jit
+# What changes while a cache grows must not compile the kernel again.
+@gluon.jit(do_not_specialize=["table_batch", "table_head", "tail_capacity", "batch", "heads", "programs", "window"])
 def decode_kernel(
     q_ptr, pool_ptr, table_ptr, lengths_ptr, page_tokens_ptr, starts_ptr, heads_ptr,
     tail_key_ptr, tail_value_ptr, sink_key_ptr, sink_value_ptr, part_ptr, lse_ptr,

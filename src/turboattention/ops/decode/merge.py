@@ -6,7 +6,12 @@ import triton.language as tl
 from turboattention.ops.decode.work import row_programs, sequence_work
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "out_batch", "out_head", "out_query", "lse_batch", "lse_head", "batch", "heads", "ratio", "queries", "window",
+        "programs",
+    ]
+)  # fmt: skip
 def merge_kernel(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, lengths_ptr, page_tokens_ptr, starts_ptr, heads_ptr,
     out_batch, out_head, out_query, lse_batch, lse_head, batch, heads, ratio, queries, window, programs,

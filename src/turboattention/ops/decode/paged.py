@@ -8,7 +8,7 @@ from turboattention.errors import invalid
 from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
 from turboattention.ops.common.paged_kv import PagedKV
 from turboattention.ops.decode.reference import decode_attention
-from turboattention.ops.dispatch import Implementation, choose, code_path
+from turboattention.ops.dispatch import Implementation, choose, code_path, say_slower
 from turboattention.ops.prefill.reference import AttentionOutput
 
 
@@ -28,8 +28,9 @@ def paged_decode(
     ``head_dim ** -0.5`` when None. softcap: ``cap * tanh(score / cap)``. window: only that many last tokens, the newest
     included, are seen; pages before them are not read.
     implementation: None chooses (see `dispatch`); the kernels read lengths on the device alone, so that a CUDA graph
-    may be replayed with others. programs: how many share the pages, None: by the GPU's size. The result is the same bit
-    for bit for the same lengths and the same number of programs.
+    may be replayed with others (call it once before the capture: the first call copies the heads' numbers to the GPU).
+    programs: how many share the pages, None: by the GPU's size. The result is the same bit for bit for the same
+    lengths and the same number of programs.
     Returns out like q and lse float32 ``[batch, heads, 1]``. Raises InvalidInputError for shapes that do not fit,
     UnsupportedError for an implementation that can't be had.
     """
@@ -43,8 +44,10 @@ def paged_decode(
         raise invalid("softcap", "a positive number", softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layouts = tuple(group.layout for group in kv.groups)
-    chosen = choose(layouts, q.device, q.dtype, wanted=implementation).implementation
+    chosen, reason = choose(layouts, q.device, q.dtype, wanted=implementation)
     if chosen == "reference":
+        if q.is_cuda and implementation is None:
+            say_slower(reason)
         return reference(q, kv, scale=scale, softcap=softcap, window=window)
     from turboattention.ops.decode.launch import KernelView, Request, attend  # needs Triton
 

@@ -11,7 +11,12 @@ import triton.language as tl
 from turboattention.ops.decode.work import row_programs, sequence_work
 
 
-@triton.jit
+# What changes while a cache grows must not compile the kernel again.
+@triton.jit(
+    do_not_specialize=[
+        "table_batch", "table_head", "tail_capacity", "batch", "heads", "programs", "ratio", "queries", "window",
+    ]
+)  # fmt: skip
 def attend_kernel(
     q_ptr, pool_ptr, table_ptr, lengths_ptr, page_tokens_ptr, starts_ptr, heads_ptr,
     tail_key_ptr, tail_value_ptr, sink_key_ptr, sink_value_ptr, part_ptr, lse_ptr,

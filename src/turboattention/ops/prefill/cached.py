@@ -4,7 +4,7 @@ from torch import Tensor
 
 from turboattention.config import AttentionConfig
 from turboattention.ops.common.cached_kv import CachedKV
-from turboattention.ops.dispatch import Implementation, choose, code_path
+from turboattention.ops.dispatch import Implementation, choose, code_path, say_slower
 from turboattention.ops.prefill.reference import AttentionOutput, check_queries, prefill_attention
 
 _PLAIN = AttentionConfig()
@@ -26,8 +26,15 @@ def cached_attention(
     implementation: insist on one; UnsupportedError with the reason where it can't be had.
     """
     layouts = tuple(group.layout for group in kv.groups)
-    chosen = choose(layouts, q.device, q.dtype, queries=q.shape[2], config=config, wanted=implementation).implementation
-    if chosen == "reference" or (q.requires_grad and implementation is None):
+    chosen, reason = choose(layouts, q.device, q.dtype, queries=q.shape[2], config=config, wanted=implementation)
+    if implementation is None and chosen != "reference":
+        if q.requires_grad:
+            chosen, reason = "reference", "the kernels have no gradient"
+        elif window is not None and not causal:
+            chosen, reason = "reference", "the kernels take a window of causal attention only"
+    if chosen == "reference":
+        if q.is_cuda and layouts and implementation is None:
+            say_slower(reason)
         return prefill_attention(q, kv, scale=scale, causal=causal, softcap=softcap, window=window, config=config)
     from turboattention.ops.decode.launch import KernelView, Request, attend  # needs Triton
 
