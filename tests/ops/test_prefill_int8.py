@@ -261,8 +261,8 @@ def test_kernels_compile_to_integer_matrix_instructions_with_few_spills() -> Non
         assert matrix, name
         assert integer is None or matrix == integer, name
         assert integer is not None or all("i8" in op for op in matrix), name
-        # What is spilled today, so that it does not grow: outputs of 256 channels do not fit the registers; Hopper keeps
-        # a few addresses of its 240 outside; the newest two targets a few registers at 128 channels.
+        # What is spilled today, so that it does not grow: outputs of 256 channels do not fit registers, Hopper keeps
+        # a few addresses of its 240 outside, the newest two targets a few registers at 128 channels.
         newest = row["target"] in ("sm_100", "sm_120")
         known = (("256", 100), ("hopper-128", 28), ("attention-128", 4 if newest else 0))
         limit = next((most for part, most in known if part in row["name"]), 0)
