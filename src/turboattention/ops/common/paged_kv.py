@@ -49,9 +49,3 @@ class PagedKV:
     @property
     def num_kv_heads(self) -> int:
         return self.tail_key.shape[1]
-
-    @property
-    def max_tokens(self) -> int:
-        """The longest sequence that the tables have room for."""
-        pages = min(group.table.shape[-1] * group.layout.page_size for group in self.groups)
-        return pages + self.tail_key.shape[2]
