@@ -14,16 +14,23 @@ from turboattention.ops.decode import gluon_layouts as lay
 from turboattention.ops.decode.gluon_common import (
     LOWEST,
     as_operand,
+    broadcast_to,
     cap,
     copy_all,
     copy_words,
+    even_columns,
+    even_entries,
     exp2,
     join_all,
+    load_operand,
+    pair_sums,
     query_rows,
     rest_of_product,
     scalar,
     signed_bytes,
+    spread_columns,
     store,
+    store_operand,
     unit_of,
     unpack,
 )
@@ -40,9 +47,13 @@ def _add(a, b):
 
 
 @gluon.jit
-def _launch_dependents():
+def _wait_then_launch():
+    """Wait for the kernel before this one (append, or the merge of another layer), then let the merge start.
+
+    In this order, because the merge reads lengths that the kernel before may write.
+    """
     one = gl.full([32], 0, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    ASM: gl.constexpr = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
+    ASM: gl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;"
     gl.inline_asm_elementwise(ASM, "=r,r", [one], gl.int32, False, 1)
 
 
@@ -52,6 +63,13 @@ def _copy_page(kbuf, vbuf, mbuf, slot, page, C: gl.constexpr):
     copy_all(vbuf.index(slot), page + C.value_codes, C.value_words)
     copy_words(mbuf.index(slot), page + C.metadata, C.metadata_words, C.page_words - C.metadata)
     async_copy.commit_group()
+
+
+@gluon.jit
+def _row(lengths_ptr, page_tokens_ptr, starts_ptr, row, STARTS: gl.constexpr):
+    """Length, tokens in pages and left padding of a sequence."""
+    start = gl.load(starts_ptr + row) if STARTS else row * 0
+    return gl.load(lengths_ptr + row), gl.load(page_tokens_ptr + row), start
 
 
 # What changes while a cache grows must not compile the kernel again.
@@ -66,36 +84,49 @@ def decode_kernel(
 ):  # fmt: skip
     """One partial result: of some pages or of some exact tokens of a row (see `work`)."""
     if PDL:
-        _launch_dependents()
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    rows = gl.arange(0, BATCH, layout=flat)
-    inside = rows < batch
-    length_of = gl.load(lengths_ptr + rows, mask=inside, other=0)
-    paged_of = gl.load(page_tokens_ptr + rows, mask=inside, other=0)
-    start_of = gl.zeros([BATCH], gl.int32, layout=flat)
-    if STARTS:
-        start_of = gl.load(starts_ptr + rows, mask=inside, other=0)
-    exact_of, pages_of, _ = _sequence_work(length_of, paged_of, start_of, window, 1, 64, SINKS, WINDOW)
-    pages_of = gl.where(inside, pages_of, 0)
-    exact_of = gl.where(inside, exact_of, 0)
-    all_pages = gl.sum(pages_of, 0) * heads
-    for_pages_of, for_exact_of = _row_programs(exact_of, pages_of, all_pages, programs, C.exact_tokens, C.least_pages)
+        _wait_then_launch()
     part = gl.program_id(0)
-    page_programs = gl.sum(for_pages_of, 0) * heads
-    # This program among those of its kind, and what each row has of them.
-    of_pages = part < page_programs
-    mine = gl.where(of_pages, part, part - page_programs)
-    per_head = gl.where(of_pages, for_pages_of, for_exact_of)
-    ends = gl.associative_scan(per_head, 0, _add) * heads
-    row = gl.sum((ends <= mine).to(gl.int32), 0)
-    if row < batch:
+    if BATCH == 1:
+        row, first = part * 0, part * 0
+        length, page_tokens, start = _row(lengths_ptr, page_tokens_ptr, starts_ptr, row, STARTS)
+        exact, pages, lower = _sequence_work(length, page_tokens, start, window, 1, 64, SINKS, WINDOW)
+        all_pages = pages * heads
+        for_pages, for_exact = _row_programs(exact, pages, all_pages, programs, C.exact_tokens, C.least_pages)
+        page_programs = for_pages * heads
+        of_pages = part < page_programs
+        mine = gl.where(of_pages, part, part - page_programs)
+        here = gl.where(of_pages, for_pages, for_exact)
+        inside = mine < here * heads
+    else:
+        flat: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        rows = gl.arange(0, BATCH, layout=flat)
+        real = rows < batch
+        length_of = gl.load(lengths_ptr + rows, mask=real, other=0)
+        paged_of = gl.load(page_tokens_ptr + rows, mask=real, other=0)
+        start_of = gl.zeros([BATCH], gl.int32, layout=flat)
+        if STARTS:
+            start_of = gl.load(starts_ptr + rows, mask=real, other=0)
+        exact_of, pages_of, _ = _sequence_work(length_of, paged_of, start_of, window, 1, 64, SINKS, WINDOW)
+        pages_of = gl.where(real, pages_of, 0)
+        exact_of = gl.where(real, exact_of, 0)
+        all_pages = gl.sum(pages_of, 0) * heads
+        for_pages_of, for_exact_of = _row_programs(
+            exact_of, pages_of, all_pages, programs, C.exact_tokens, C.least_pages
+        )
+        page_programs = gl.sum(for_pages_of, 0) * heads
+        # This program among those of its kind, and what each row has of them.
+        of_pages = part < page_programs
+        mine = gl.where(of_pages, part, part - page_programs)
+        ends = gl.associative_scan(gl.where(of_pages, for_pages_of, for_exact_of), 0, _add) * heads
+        row = gl.sum((ends <= mine).to(gl.int32), 0)
         first = gl.max(gl.where(rows < row, ends, 0), 0)
-        length = gl.load(lengths_ptr + row)
-        page_tokens = gl.load(page_tokens_ptr + row)
-        start = gl.load(starts_ptr + row) if STARTS else 0
+        inside = row < batch
+        row = gl.minimum(row, batch - 1)
+        length, page_tokens, start = _row(lengths_ptr, page_tokens_ptr, starts_ptr, row, STARTS)
         exact, pages, lower = _sequence_work(length, page_tokens, start, window, 1, 64, SINKS, WINDOW)
         for_pages, for_exact = _row_programs(exact, pages, all_pages, programs, C.exact_tokens, C.least_pages)
         here = gl.where(of_pages, for_pages, for_exact)
+    if inside:
         head = (mine - first) // here
         index = (mine - first) % here
         kv_head = gl.load(heads_ptr + head // C.head_blocks)
@@ -126,7 +157,8 @@ def _pages(
 ):  # fmt: skip
     """Pages ``page0 .. page0 + count`` of one row; tokens before ``lower`` are not seen."""
     D: gl.constexpr = C.head_dim
-    N: gl.constexpr = C.columns
+    N: gl.constexpr = C.product_columns
+    H: gl.constexpr = C.columns
     words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     kbuf = gl.allocate_shared_memory(gl.int16, [C.stages, C.key_words], words)
     vbuf = gl.allocate_shared_memory(gl.int16, [C.stages, C.value_words], words)
@@ -137,9 +169,11 @@ def _pages(
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    of_head: gl.constexpr = gl.SliceLayout(0, mma)
+    # A head of a paired tile has two columns: Q * scale, and what rounding took from it. Results of heads: `heads`.
+    heads: gl.constexpr = even_columns(gl.zeros([64, N], gl.float32, layout=mma), H).type.layout
+    of_head: gl.constexpr = gl.SliceLayout(0, heads)
     # Scores as [block of eight rows, row, head]: a lane holds one row of every block.
-    blocks: gl.constexpr = gl.zeros([64, N], gl.float32, layout=mma).reshape(8, 8, N).type.layout
+    blocks: gl.constexpr = gl.zeros([64, H], gl.float32, layout=heads).reshape(8, 8, H).type.layout
     part_sum: gl.constexpr = gl.SliceLayout(0, blocks)
     group = head // C.head_blocks
 
@@ -155,7 +189,8 @@ def _pages(
 
     # Q in the order of the columns of K, scaled by a power of two so that its largest value is in (0.5, 1].
     k_index = gl.arange(0, D, layout=gl.SliceLayout(1, right))
-    q_rows = query_rows(q_ptr, kv_head, head, q_head, gl.SliceLayout(0, right), C)
+    column = gl.arange(0, N, layout=gl.SliceLayout(0, right))
+    q_rows = query_rows(q_ptr, kv_head, head, q_head, column * H // N, C)
     channel = (k_index & 1) * 2 + ((k_index >> 1) & 3) * (C.key_row_words // 2) + ((k_index >> 3) & 1)
     part_of_k = (k_index >> 4) & (C.key_parts - 1)
     channel += part_of_k * (D // C.key_parts) + (k_index // (16 * C.key_parts)) * 4
@@ -164,28 +199,35 @@ def _pages(
     shrink = 1.0 / unit
     qn = qf * gl.expand_dims(shrink, 0)
     q_zero = qn.to(gl.float16)
-    # Part h of a byte is code * 2^(bits * h): taken back here.
-    lift = gl.exp2((15 - part_of_k * KB).to(gl.float32))
-    q_code = (qn * gl.expand_dims(lift, 1)).to(gl.float16)
-    qsum8 = gl.convert_layout(gl.sum(q_zero.to(gl.float32), 0), gl.SliceLayout(0, part_sum)) * 128.0
-    factor = gl.convert_layout(unit, of_head) * qscale
+    # In shared memory: read anew for every page, they need no registers in between.
+    qbuf = gl.allocate_shared_memory(gl.float16, [2, D * N], words)
+    store_operand(qbuf.index(0), q_zero)
+    if H < N:
+        store_operand(qbuf.index(1), gl.where(gl.expand_dims(column & 1, 0) == 1, q_zero, 0.0))
+    # Part h of a byte is code * 2^(bits * h): taken back in the scales.
+    lift = gl.exp2((15 - part_of_k * KB).to(gl.float32)).to(gl.float16)
+    lift = broadcast_to(gl.expand_dims(lift, 1), q_zero)
+    qsum = gl.convert_layout(gl.sum(q_zero.to(gl.float32), 0), gl.SliceLayout(0, mma))
+    qsum8 = gl.convert_layout(even_entries(qsum, H, mma), gl.SliceLayout(0, part_sum)) * 128.0
+    unit = gl.convert_layout(unit, gl.SliceLayout(0, mma))
+    factor = gl.convert_layout(even_entries(unit, H, mma), of_head) * qscale
 
-    mass = gl.zeros([8, N], gl.float32, layout=part_sum)
-    acc = gl.zeros([D, N], gl.float32, layout=mma)
-    ones_sum = gl.zeros([16, N], gl.float32, layout=mma)
+    mass = gl.zeros([8, H], gl.float32, layout=part_sum)
+    acc = gl.zeros([D, H], gl.float32, layout=heads)
+    ones_sum = gl.zeros([16, H], gl.float32, layout=heads)
     v_unit = 1.0  # acc and ones_sum are in units of this; it follows the V scale of the latest page
 
     # A row of "codes" 1 in the scale of each part: sums the rounded P, which the zero of V belongs to.
     col = gl.arange(0, 64, layout=gl.SliceLayout(0, left))
     one_bits = (1 << ((col >> C.part_bit) & (C.value_parts - 1)) * VB).to(gl.int16)
     ones = gl.expand_dims(one_bits.to(gl.float16, bitcast=True), 0) + gl.zeros([16, 64], gl.float16, layout=left)
-    mrow = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    mrow = gl.arange(0, 64, layout=gl.SliceLayout(1, heads))
     v_lift = gl.exp2((-((mrow >> C.part_bit) & (C.value_parts - 1)) * VB).to(gl.float32))
     of_block = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, blocks)))
     in_block = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, blocks)))
     token = _token_of_row(gl.expand_dims(of_block, 1) * 8 + gl.expand_dims(in_block, 0), VB)
     token = gl.expand_dims(token, 2)
-    m8 = gl.full([N], LOWEST, gl.float32, layout=gl.SliceLayout(0, part_sum))
+    m8 = gl.full([H], LOWEST, gl.float32, layout=gl.SliceLayout(0, part_sum))
 
     limit = count - 1
     ahead = base + gl.minimum(C.stages - 1, limit)
@@ -194,7 +236,7 @@ def _pages(
     if C.refined_channels > 0:
         # Q and scale of the refined channels are fetched one page ahead, their index two.
         r_index, r_page = _refined_index(pool_ptr, table, base, 0, limit, PAGED, right, C)
-        rq, rs = _refined_operands(q_rows, shrink, pool_ptr, r_index, r_page, right, C)
+        rq, rs = _refined_operands(q_rows, shrink, column, pool_ptr, r_index, r_page, right, C)
         r_index, r_page = _refined_index(pool_ptr, table, base, 1, limit, PAGED, right, C)
     cur = 0
     for i in range(count):
@@ -215,26 +257,27 @@ def _pages(
         scale = unpack(meta.slice(0, D // 2).load(lay.key_scale_layout(D, KB)), 8)
         scale = scale.reshape(lay.twos(D)).permute(lay.key_scale_order(D, KB).value).reshape(D)
         scale = gl.convert_layout(scale, gl.SliceLayout(1, right), assert_trivial=True)
-        scale = gl.expand_dims(scale, 1) + gl.zeros([D, N], gl.float16, layout=right)
-        qs = q_code * scale
-        # What rounding took away goes through a product of its own: an outlier channel would feel it.
-        qs_rest = rest_of_product(q_code, scale, qs)
+        q_zero = load_operand(qbuf.index(0), D, N, right)
+        scale = broadcast_to(gl.expand_dims(scale, 1), q_zero) * lift
+        # What rounding takes away goes through a product too: an outlier channel would feel it.
+        qs = load_operand(qbuf.index(1), D, N, right) * scale if H < N else q_zero * scale
+        qs_rest = rest_of_product(q_zero, scale, qs)
         zero = signed_bytes(meta.slice(D // 2, D // 2).load(lay.key_scale_layout(D, KB)))
         zero = zero.reshape(lay.twos(D)).permute(lay.key_scale_order(D, KB).value).reshape(D)
         zero = gl.convert_layout(zero, gl.SliceLayout(0, left), assert_trivial=True)
-        zeros = gl.expand_dims(zero, 0) + gl.zeros([16, D], gl.float16, layout=left)
+        zeros = broadcast_to(gl.expand_dims(zero, 0), gl.zeros([16, 1], gl.float16, layout=left))
         c = mma_v2(zeros, q_zero, gl.zeros([16, N], gl.float32, layout=mma))
 
         codes = unpack(kmem.load(lay.key_codes_layout(D, KB, VB)), KB)
         codes = codes.reshape(lay.twos(64 * D)).permute(lay.key_codes_order(D, KB, VB).value).reshape(64, D)
         codes = gl.convert_layout(codes, left, assert_trivial=True)
-        # Two sums of their own: twice as many products in flight.
-        x = mma_v2(codes, qs, gl.zeros([64, N], gl.float32, layout=mma))
-        x += mma_v2(codes, qs_rest, gl.zeros([64, N], gl.float32, layout=mma))
+        x = mma_v2(codes, qs_rest, gl.zeros([64, N], gl.float32, layout=mma))
+        if H == N:
+            x += mma_v2(codes, qs, gl.zeros([64, N], gl.float32, layout=mma))
         if C.refined_channels > 0:
             fine = _refined_codes(meta, left, C)
             x = mma_v2(fine, (rq * gl.expand_dims(rs, 1)).to(gl.float16), x)
-            rq, rs = _refined_operands(q_rows, shrink, pool_ptr, r_index, r_page, right, C)
+            rq, rs = _refined_operands(q_rows, shrink, column, pool_ptr, r_index, r_page, right, C)
             r_index, r_page = _refined_index(pool_ptr, table, base, i + 2, limit, PAGED, right, C)
 
         k_scale = scalar(meta.slice(C.key_page_scale, 1)) * (2.0**33 / 255.0)
@@ -242,11 +285,12 @@ def _pages(
         v_scale = scalar(meta.slice(C.value_page_scale, 1))
         # Every row of c holds the same numbers: each lane finds those of its heads in its own registers.
         a = gl.convert_layout(factor, gl.SliceLayout(0, part_sum), assert_trivial=True)
-        b = gl.convert_layout(gl.max(c.reshape(2, 8, N), 0), part_sum, assert_trivial=True) * 16777216.0
+        c = even_columns(c, H)
+        b = gl.convert_layout(gl.max(c.reshape(2, 8, H), 0), part_sum, assert_trivial=True) * 16777216.0
         b = (b - gl.expand_dims(qsum8, 0)) * gl.expand_dims(a * k_zero, 0)
         a = a * k_scale
         # In blocks of eight rows: a lane holds one row of each block, so that only the last step crosses lanes.
-        x = gl.convert_layout(x.reshape(8, 8, N), blocks, assert_trivial=True)
+        x = gl.convert_layout(pair_sums(x, H).reshape(8, 8, H), blocks, assert_trivial=True)
         y = x * gl.expand_dims(gl.expand_dims(a, 0), 0) + gl.expand_dims(b, 0)
         if SOFTCAP:
             y = cap(y, softcap)
@@ -258,25 +302,26 @@ def _pages(
         p = exp2(y - gl.expand_dims(gl.expand_dims(top, 0), 0))
         mass = mass * gl.expand_dims(fall8, 0) + gl.sum(p, 0)
         fall = gl.convert_layout(fall8, of_head, assert_trivial=True)
-        p = gl.convert_layout(p.reshape(64, N), mma, assert_trivial=True)
+        p = gl.convert_layout(p.reshape(64, H), heads, assert_trivial=True)
 
         vs = unpack(meta.slice(C.value_scale, 32).load(lay.value_scale_layout(VB)), 8)
         vs = vs.reshape(lay.twos(64)).permute(lay.value_scale_order(VB).value).reshape(64)
-        vs = gl.convert_layout(vs, gl.SliceLayout(1, mma), assert_trivial=True).to(gl.int16, bitcast=True)
+        vs = gl.convert_layout(vs, gl.SliceLayout(1, heads), assert_trivial=True).to(gl.int16, bitcast=True)
         # A page of zeros has page scale 0: its P is 0 and the unit stays a number.
         vs = vs.to(gl.float32) * (v_lift * gl.where(v_scale > 0, 1.0, 0.0))
         v_scale = gl.maximum(v_scale, 5.9604645e-08)
         ratio = fall * (v_unit / v_scale)
         v_unit = v_scale
-        p = (p * gl.expand_dims(vs, 1)).to(gl.float16)
-        p = as_operand(p, right)
+        p = spread_columns(p * gl.expand_dims(vs, 1), N).to(gl.float16)
+        p = as_operand(gl.convert_layout(p, mma, assert_trivial=True), right)
         values = unpack(vmem.load(lay.value_codes_layout(D, VB)), VB)
         values = values.reshape(lay.twos(64 * D)).permute(lay.value_codes_order(D, VB).value).reshape(D, 64)
         values = gl.convert_layout(values, left, assert_trivial=True)
         # From zero for every page: the matrix unit truncates when it adds, which would bias long sums.
         new = mma_v2(values, p, gl.zeros([D, N], gl.float32, layout=mma))
-        acc = acc * gl.expand_dims(ratio, 0) + new
+        acc = acc * gl.expand_dims(ratio, 0) + gl.convert_layout(even_columns(new, H), heads, assert_trivial=True)
         new = mma_v2(ones, p, gl.zeros([16, N], gl.float32, layout=mma))
+        new = gl.convert_layout(even_columns(new, H), heads, assert_trivial=True)
         ones_sum = ones_sum * gl.expand_dims(ratio, 0) + new
         cur = gl.where(cur + 1 >= C.stages, 0, cur + 1)
     async_copy.wait_group(0)
@@ -285,7 +330,7 @@ def _pages(
     middle = gl.max(ones_sum, 0) * (0.5 * ((1 << VB) - 1))
     out = (acc - gl.expand_dims(middle, 0)) * gl.expand_dims(v_unit * (2.0**24 / 255.0) / total, 0)
     m = gl.convert_layout(m8, of_head, assert_trivial=True)
-    store(part_ptr, lse_ptr, part, out, m, total, head, mma, C)
+    store(part_ptr, lse_ptr, part, out, m, total, head, heads, C)
 
 
 @gluon.jit
@@ -311,11 +356,12 @@ def _refined_index(pool_ptr, table, base, i, limit, PAGED: gl.constexpr, right: 
 
 
 @gluon.jit
-def _refined_operands(q_rows, shrink, pool_ptr, index, page, right: gl.constexpr, C: gl.constexpr):
+def _refined_operands(q_rows, shrink, column, pool_ptr, index, page, right: gl.constexpr, C: gl.constexpr):
     """Q and scale of the refined channels; their product has the unit of ``q_code * scale``."""
     start = (pool_ptr + page * C.page_words).to(gl.pointer_type(gl.uint8))
     k = gl.arange(0, C.refined_columns, layout=gl.SliceLayout(1, right))
-    q = gl.load(q_rows + gl.expand_dims(index, 1)).to(gl.float32) * gl.expand_dims(shrink, 0)
+    real = gl.expand_dims((column & 1 == 0) | (C.columns == C.product_columns), 0)
+    q = gl.load(q_rows + gl.expand_dims(index, 1), mask=real, other=0.0).to(gl.float32) * gl.expand_dims(shrink, 0)
     scale = gl.load(start + 2 * C.metadata + 2 * C.key_scale + index, mask=k < C.refined_channels, other=0).to(
         gl.float32
     )

@@ -61,6 +61,31 @@ def as_operand(p, layout: gl.constexpr):
 
 
 @gluon.jit
+def store_operand(memory, x):
+    """Second operand of a product to shared memory, eight neighbours of a lane side by side."""
+    ORDER: gl.constexpr = lay.operand_order(x.shape[0], x.shape[1])
+    FLAT: gl.constexpr = lay.operand_layout(x.shape[0], x.shape[1])
+    x = x.reshape(lay.twos(x.numel)).permute(ORDER.value).reshape(x.numel)
+    memory.store(gl.convert_layout(x, FLAT, assert_trivial=True))
+
+
+@gluon.jit
+def load_operand(memory, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """What `store_operand` stored."""
+    ORDER: gl.constexpr = lay.operand_order_back(ROWS, COLUMNS)
+    x = memory.load(lay.operand_layout(ROWS, COLUMNS))
+    x = x.reshape(lay.twos(ROWS * COLUMNS)).permute(ORDER.value).reshape(ROWS, COLUMNS)
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def broadcast_to(x, other):
+    """``x`` in the shape that it and ``other`` broadcast to."""
+    x, _ = gl.broadcast(x, other)
+    return x
+
+
+@gluon.jit
 def exp2(x):
     """``2^x`` on the special-function unit; results below 2^-126 become 0, which saves two instructions of three."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
@@ -95,11 +120,41 @@ def copy_all(memory, source, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def query_rows(q_ptr, kv_head, head, q_head, layout: gl.constexpr, C: gl.constexpr):
-    """Pointers to the queries of a block of query heads, padded with the last one."""
-    N: gl.constexpr = C.columns
-    column = gl.arange(0, N, layout=layout)
-    first = (head % C.head_blocks) * N
+def even_columns(x, COLUMNS: gl.constexpr):
+    """The even ones of twice COLUMNS columns, or all of COLUMNS."""
+    if x.shape[1] > COLUMNS:
+        x, _ = x.reshape(x.shape[0], COLUMNS, 2).split()
+    return x
+
+
+@gluon.jit
+def even_entries(x, COLUMNS: gl.constexpr, mma: gl.constexpr):
+    """`even_columns` of a row."""
+    rows = gl.expand_dims(x, 0) + gl.zeros([16, x.shape[0]], x.dtype, layout=mma)
+    return gl.max(even_columns(rows, COLUMNS), 0)
+
+
+@gluon.jit
+def pair_sums(x, COLUMNS: gl.constexpr):
+    """The sum of each pair of twice COLUMNS columns, or COLUMNS columns as they are."""
+    if x.shape[1] > COLUMNS:
+        even, odd = x.reshape(x.shape[0], COLUMNS, 2).split()
+        x = even + odd
+    return x
+
+
+@gluon.jit
+def spread_columns(x, COLUMNS: gl.constexpr):
+    """Columns of zeros between those of ``x`` where it has half of COLUMNS."""
+    if x.shape[1] < COLUMNS:
+        x = gl.join(x, gl.zeros_like(x)).reshape(x.shape[0], COLUMNS)
+    return x
+
+
+@gluon.jit
+def query_rows(q_ptr, kv_head, head, q_head, column, C: gl.constexpr):
+    """Pointers to the queries of a block of query heads: number ``column`` of it, or the last one."""
+    first = (head % C.head_blocks) * C.columns
     index = kv_head * C.ratio + first + gl.minimum(column, C.ratio - 1 - first)
     return q_ptr + gl.expand_dims(index.to(gl.int64) * q_head, 0)
 
@@ -111,13 +166,12 @@ def unit_of(q):
 
 
 @gluon.jit
-def store(part_ptr, lse_ptr, part, out, m, total, head, mma: gl.constexpr, C: gl.constexpr):
+def store(part_ptr, lse_ptr, part, out, m, total, head, layout: gl.constexpr, C: gl.constexpr):
     """A partial result ``[head_dim, columns]`` in the order ``[column][channel]``, and its LSE in log2 units."""
-    N: gl.constexpr = C.columns
-    column = gl.arange(0, N, layout=gl.SliceLayout(0, mma))
-    channel = gl.expand_dims(gl.arange(0, C.head_dim, layout=gl.SliceLayout(1, mma)), 1)
-    real = column < C.ratio - (head % C.head_blocks) * N
-    at = part.to(gl.int64) * N + column
+    column = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, layout))
+    channel = gl.expand_dims(gl.arange(0, C.head_dim, layout=gl.SliceLayout(1, layout)), 1)
+    real = column < gl.minimum(C.columns, C.ratio - (head % C.head_blocks) * C.columns)
+    at = part.to(gl.int64) * C.columns + column
     gl.store(part_ptr + gl.expand_dims(at * C.head_dim, 0) + channel, out, mask=gl.expand_dims(real, 0))
     gl.store(lse_ptr + at, gl.where(total > 0, m + gl.log2(total), LOWEST), mask=real)
 

@@ -18,7 +18,7 @@ def exact_tokens(
 ):  # fmt: skip
     """Exact tokens ``begin .. end`` of one row (sinks, then tail) in 16 bits, 16 at a time."""
     D: gl.constexpr = C.head_dim
-    N: gl.constexpr = C.columns
+    N: gl.constexpr = C.product_columns
     T: gl.constexpr = TILE
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -34,7 +34,7 @@ def exact_tokens(
     tail_value_ptr += far_head * tail_head
     sink_key_ptr += far_head * sink_head
     sink_value_ptr += far_head * sink_head
-    q_rows = query_rows(q_ptr, kv_head, head, q_head, gl.SliceLayout(0, right), C)
+    q_rows = query_rows(q_ptr, kv_head, head, q_head, gl.arange(0, N, layout=gl.SliceLayout(0, right)), C)
     q = gl.load(q_rows + gl.expand_dims(natural, 1)).to(gl.float32)
     unit = unit_of(q)
     q = (q * gl.expand_dims(1.0 / unit, 0)).to(gl.float16)

@@ -226,6 +226,32 @@ def _refined_channel_bits(channels):
 
 
 @gluon.constexpr_function
+def _operand_bits(rows):
+    """Index bits of a second operand ``[rows, 8]`` in memory, lowest first: eight values of a lane, lanes, the rest."""
+    return ["k0", "k3", "k4", "k1", "k2", "n0", "n1", "n2"] + [f"k{i}" for i in range(5, log2(rows))]
+
+
+@gluon.constexpr_function
+def operand_layout(rows, columns):
+    """Layout of the values of a second operand in the order of `_operand_bits`."""
+    return linear_layout(_operand_bits(rows), ["k1", "k2", "n0", "n1", "n2"], rows * columns)
+
+
+@gluon.constexpr_function
+def operand_order(rows, columns):
+    """Permutation of a second operand ``[rows, columns]``, seen as bits (highest first), to `operand_layout`."""
+    source = ([f"n{i}" for i in range(log2(columns))] + [f"k{i}" for i in range(log2(rows))])[::-1]
+    return [source.index(b) for b in _operand_bits(rows)[::-1]]
+
+
+@gluon.constexpr_function
+def operand_order_back(rows, columns):
+    """The inverse of `operand_order`."""
+    order = operand_order(rows, columns)
+    return [order.index(i) for i in range(len(order))]
+
+
+@gluon.constexpr_function
 def mask_asm(bits):
     """PTX: a pair of 16-bit words to its pairs of codes, each shifted left by bits * part; odd bytes last."""
     parts = 8 // bits

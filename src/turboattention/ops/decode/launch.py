@@ -122,14 +122,16 @@ def _launch(
         tile = PortableTile.of(group.layout, ratio, queries, len(group.heads), how)
         columns, row_blocks = tile.rows, -(-ratio * queries // tile.rows)
     rows = len(group.heads) * row_blocks
-    # Programs of pages all run at once: eight of one warp (of about 255 registers a thread) fit a multiprocessor.
-    blocks = blocks or _multiprocessors(q.device) * (8 if columns <= 16 else 2)
+    # Programs of pages all run at once.
+    resident = tile.resident if isinstance(tile, GluonTile) else 8 if columns <= 16 else 2
+    blocks = blocks or _multiprocessors(q.device) * resident
     room = group.room if group.table is None else group.table.shape[2]
     blocks = max(1, min(blocks, room * batch * rows // tile.least_pages))
     sinks = 0 if view.sink_key is None else view.sink_key.shape[2]
     exact_parts = -(-(view.tail_key.shape[2] + sinks) // tile.exact_tokens)
     grid = blocks + batch * rows * (1 + exact_parts)  # every row has at least one program for its pages
     pdl = _dependent_launch(q.device)
+    early = {"launch_pdl": True} if pdl else {}
     heads = heads_tensor(group.heads, q.device)
     part = torch.empty(grid * columns * dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(grid * columns, dtype=torch.float32, device=q.device)
@@ -168,7 +170,8 @@ def _launch(
 
         decode_kernel[(grid,)](
             q, group.pool.view(torch.int16), *pointers, part, part_lse, q.stride(0), q.stride(1), *places,
-            batch, rows, blocks, window, softcap, scale, tile, **flags, **shape, num_warps=1,
+            batch, rows, blocks, window, softcap, scale, tile, **flags, **shape, num_warps=1, maxnreg=tile.registers,
+            **early,
         )  # fmt: skip
     else:
         from turboattention.ops.decode.portable import attend_kernel  # needs Triton
@@ -180,13 +183,12 @@ def _launch(
             num_warps=tile.num_warps,
         )  # fmt: skip
     parts = min(128, power_of_two(1 + blocks // (batch * rows)))
-    extra = {"launch_pdl": True} if pdl else {}
     merge_kernel[(batch, len(group.heads) * ratio * queries)](
         part, part_lse, out, lse, view.lengths, view.page_tokens, starts, heads, out.stride(0), out.stride(1),
         out.stride(2), lse.stride(0), lse.stride(1), batch, rows, ratio, queries, window, blocks,
         COLUMNS=columns, DIM=dim, DIM_PADDED=power_of_two(dim), PARTS=parts, EXACT_PARTS=power_of_two(exact_parts),
         PAGE=group.layout.page_size, EXACT=tile.exact_tokens, LEAST=tile.least_pages,
-        ROTATE=(dim & -dim) if group.layout.value.rotated else 0, **flags, num_warps=1 if parts <= 8 else 4, **extra,
+        ROTATE=(dim & -dim) if group.layout.value.rotated else 0, **flags, num_warps=1 if parts <= 8 else 4, **early,
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def merge_kernel(
     channel = tl.arange(0, DIM_PADDED)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     best, total, paged_out = _gather(
         part_ptr, part_lse_ptr, paged_part.to(tl.int64), paged_parts, column, channel, COLUMNS, DIM, DIM_PADDED, PARTS
     )

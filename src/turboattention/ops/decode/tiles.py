@@ -14,9 +14,11 @@ def power_of_two(n: int) -> int:
 class GluonTile:
     """What `gluon.decode_kernel` is compiled for; offsets and sizes in 16-bit words unless said otherwise.
 
-    ratio: query heads of a KV head. columns: query heads of a program, padded (16 would spill registers; programs of
-    the same KV head find its pages in the L2 cache). head_blocks: programs that share a KV head. groups: KV heads of
-    the table. stages: pages in flight and in use. least_pages: of a program. exact_tokens: of a program.
+    ratio: query heads of a KV head. columns: query heads of a program, padded to 4 or 8 (16 would spill registers;
+    programs of the same KV head find its pages in the L2 cache). product_columns: of a matrix product; with 4 heads each
+    has two, one for what rounding Q * scale takes away. head_blocks: programs that share a KV head. groups: KV heads of
+    the table. stages: pages in flight and in use. least_pages: of a program. exact_tokens: of a program. resident:
+    programs of a multiprocessor at once, each of one warp.
     """
 
     head_dim: int
@@ -25,9 +27,11 @@ class GluonTile:
     ratio: int
     groups: int
     columns: int
+    product_columns: int
     stages: int
     least_pages: int
     exact_tokens: int
+    resident: int
     page_words: int
     key_codes: int
     value_codes: int
@@ -54,10 +58,12 @@ class GluonTile:
             value_bits=layout.value.bits,
             ratio=ratio,
             groups=groups,
-            columns=8,
+            columns=4 if ratio <= 4 else 8,
+            product_columns=8,
             stages=2,
             least_pages=2,
             exact_tokens=64,
+            resident=8,
             page_words=layout.nbytes // 2,
             key_codes=word["key_codes"],
             value_codes=word["value_codes"],
@@ -72,6 +78,11 @@ class GluonTile:
             refined_channels=refined,
             refined_index=layout.regions["key_refined_index"].offset if refined else 0,
         )
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that leave room for ``resident`` programs (65,536 a multiprocessor, in steps of 8)."""
+        return min(255, 65536 // (32 * self.resident) // 8 * 8)
 
     @property
     def head_blocks(self) -> int:
@@ -167,16 +178,17 @@ class PortableTile:
         """The tile for pages of ``layout`` and chunks of ``queries``; how: the fastest way that the device allows."""
         offset = {name: region.offset for name, region in layout.regions.items()}
         refined = layout.key.refined_channels(layout.head_dim)
-        # Decode needs no more than the heads of a KV head; more than 32 rows of a chunk would spill registers.
-        rows = min(32, max(16, power_of_two(ratio * queries)))
+        # NVIDIA's matrix unit takes eight rows of work, AMD's 16; more than 32 rows of a chunk would spill registers.
+        rows = min(8 if queries == 1 else 32, power_of_two(ratio * queries))
+        rows = max(8 if how == "asm" else 16, rows)
         return cls(
             head_dim=layout.head_dim,
             page=layout.page_size,
             rows=rows,
             groups=groups,
             exact_tile=16 if rows <= 16 else 64,
-            stages=2 if rows <= 16 else 1,
-            num_warps=2 if rows <= 16 else 4,
+            stages=5 if rows <= 16 else 1,
+            num_warps=1 if rows <= 8 else 2 if rows <= 16 else 4,
             least_pages=2,
             exact_tokens=64 if rows <= 16 else 512,
             page_bytes=layout.nbytes,
@@ -210,7 +222,7 @@ class PortableTile:
 
     @property
     def key_parts(self) -> int:
-        """Products that Q K^T is made of: codes of different bits of the same bytes."""
+        """Codes of K in a byte (of its low bits where there are three)."""
         return 4 if self.key_bits == 3 else 8 // self.key_bits
 
     @property
@@ -219,8 +231,18 @@ class PortableTile:
 
     @property
     def key_columns(self) -> int:
-        """Channels of one product, padded."""
-        return max(16, power_of_two(self.head_dim // self.key_parts))
+        """Channels of one part, padded to whole products."""
+        return max(16 // self.key_parts, power_of_two(self.head_dim // self.key_parts))
+
+    @property
+    def key_width(self) -> int:
+        """Channels of all parts, padded."""
+        return self.key_columns * self.key_parts
+
+    @property
+    def value_columns(self) -> int:
+        """Tokens of one part."""
+        return self.page // self.value_parts
 
     @property
     def refined_columns(self) -> int:
