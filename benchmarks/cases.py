@@ -15,6 +15,7 @@ class Entry(NamedTuple):
 
 SHAPES = ((8, 32768), (64, 8192), (32, 8192), (1, 8192), (1, 32768), (1, 131072), (64, 2048), (1, 4096))
 QUICK = ((8, 32768), (1, 8192))
+EXTREMES = ((1024, 1024), (1, 1 << 20))
 FORMS = {
     "4 bits": ("turbo4", "turbo4-unrefined"),
     "2 bits": ("turbo2", "turbo2-unrefined"),
@@ -47,6 +48,7 @@ def table(quick: bool = False) -> dict[str, list[Entry]]:
         for form in ("turbo4", "turbo2")
     ]
     ragged = replace(decode, batch=32, tokens=32768, ragged=True)
+    found["decode extremes"] = [Entry(replace(decode, batch=b, tokens=t)) for b, t in EXTREMES]
     found["decode ragged"] = [Entry(ragged, "even batch"), Entry(ragged)]
     found["decode page order"] = [
         Entry(replace(decode, batch=8, tokens=32768, form=form), "contiguous pages") for form in ("turbo4", "turbo2")

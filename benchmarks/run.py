@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --device cuda                       # everything, about 15 minutes on one GPU
     python benchmarks/run.py --device cuda --quick --only "decode 4 bits" --only prefill
+    python benchmarks/run.py --only "decode 4 bits" --shape 8x32768 --shape 64x8192 --form turbo4 --peers
 
 Each row holds the time, the fastest 16-bit attention of the same process, and the error. A wrong result has no speed.
 The exit status is 1 when a row failed; rows that passed are kept.
@@ -31,6 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"groups to measure: {', '.join(table())}")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="only these, as sequences x tokens: 8x32768")] = None,
+    form: Annotated[list[str] | None, typer.Option(help="only these stored forms, for example turbo4")] = None,
     out: Annotated[Path, typer.Option(help="CSV file to append to; names the plot")] = RESULTS / "operators.csv",
     quick: Annotated[bool, typer.Option("--quick", help="few shapes, few repeats")] = False,
     peers: Annotated[bool, typer.Option(help="measure other libraries where they are installed")] = False,
@@ -42,9 +45,13 @@ def main(
     place = torch.device(device)
     known = machine(place)
     begin = time.monotonic()
+    if unknown := set(only or ()) - table().keys():
+        raise typer.BadParameter(f"no group {', '.join(sorted(unknown))}; there are: {', '.join(table())}")
     chosen = [e for name, entries in table(quick).items() if not only or name in only for e in entries]
+    chosen = [e for e in chosen if not shape or f"{e.case.batch}x{e.case.tokens}" in shape]
+    chosen = [e for e in chosen if not form or e.case.op == "prefill" or e.case.form in form]
     if not chosen:
-        raise typer.BadParameter(f"no such group; there are: {', '.join(table())}")
+        raise typer.BadParameter("no case of these groups has such a shape and form")
     rows: list[Row] = []
     for done, (case, against) in enumerate(chosen):
         if time.monotonic() - begin > seconds:

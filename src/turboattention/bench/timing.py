@@ -1,5 +1,6 @@
 """Time of a call: a CUDA graph over enough distinct buffers to leave the L2 cache, or the clock on a CPU."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from torch import Tensor
 # Buffers of one measurement together, several times the L2 cache of any supported GPU (50 to 126 MB).
 RESIDENT_BYTES = 400_000_000
 MOST_BUFFERS = 64
-# Calls of one graph: enough that the launch of the graph itself does not count.
+# Calls of one graph: enough that the launch of the graph itself does not count; fewer when that takes longer than this.
 CALLS = 16
+GRAPH_MS = 50.0
 GPU_REPEATS, CPU_REPEATS = 21, 7
 CLOCK_SAMPLE_MS = 30.0
 
@@ -67,8 +69,13 @@ def _measure_graph(calls: Sequence[Callable[[], object]], repeats: int) -> Timin
     with torch.cuda.stream(stream):
         for call in calls[:2]:  # compiles and allocates; a capture may do neither for the first time
             call()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        calls[0]()
+        end.record()
     torch.cuda.synchronize()
-    count = -(-CALLS // len(calls)) * len(calls)
+    wanted = min(CALLS, math.ceil(GRAPH_MS / max(begin.elapsed_time(end), 1e-3)))
+    count = -(-wanted // len(calls)) * len(calls)
     graph = torch.cuda.CUDAGraph()
     kept: list[object] = []
     with torch.cuda.graph(graph):
