@@ -10,6 +10,7 @@ BITS = (2, 3, 4, 8, 16)
 Metadata = Literal["two_level", "float16", "flashq"]
 OpenPageKind = Literal["exact", "int8_clamped"]
 SoftmaxKind = Literal["exact", "base2", "sas"]
+CHUNK_QUERIES = 64  # of the shortest chunk that `chunk_bits` applies to: one tile of integer matrix units
 METADATA, OPEN_PAGES, SOFTMAXES = (get_args(kind) for kind in (Metadata, OpenPageKind, SoftmaxKind))
 
 
@@ -116,16 +117,39 @@ class AttentionConfig:
     softmax: ``exact``; ``base2`` (polynomial exponential and exact skip of tiles that round to zero); ``sas`` (the
         paper's table, cubic and cut at -6).
     query_bits, probability_bits: 8 rounds Q per tile / P to INT8 as the paper does; 16 keeps them.
+    chunk_bits: 8 computes the causal attention of a chunk of at least 64 new tokens over itself with both products in
+        INT8, a scale for each block: the INT8 stage of FlashQ (arXiv 2412.08585) with K smoothed by its mean as in
+        SageAttention (arXiv 2410.02367). The tokens before the chunk are read as with 16, the default; so is all of
+        attention for shorter chunks and decode. Inference alone; needs the defaults of the other fields, and neither
+        soft-capped scores nor float64 fit it.
     """
 
     softmax: SoftmaxKind = "exact"
     query_bits: Literal[8, 16] = 16
     probability_bits: Literal[8, 16] = 16
+    chunk_bits: Literal[8, 16] = 16
 
     def __post_init__(self) -> None:
         check_choice("softmax", self.softmax, SOFTMAXES)
         check_choice("query_bits", self.query_bits, (8, 16))
         check_choice("probability_bits", self.probability_bits, (8, 16))
+        check_choice("chunk_bits", self.chunk_bits, (8, 16))
+        if self.chunk_bits == 8 and not self.plain:
+            raise invalid("chunk_bits 8", "softmax 'exact' and 16 bits of Q and P", f"{self.described}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether attention over the cache is exact but for what the codes of the cache rounded away."""
+        return self.softmax == "exact" and self.query_bits == 16 and self.probability_bits == 16
+
+    @property
+    def described(self) -> str:
+        """The arithmetic over the cache in words."""
+        return f"softmax {self.softmax} with Q in {self.query_bits} and P in {self.probability_bits} bits"
+
+    def rounds_chunk(self, queries: int) -> bool:
+        """Whether causal attention of ``queries`` new tokens over themselves is computed in INT8."""
+        return self.chunk_bits == 8 and queries >= CHUNK_QUERIES
 
 
 @dataclass(frozen=True)

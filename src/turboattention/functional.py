@@ -29,9 +29,9 @@ def attention(
     float32; heads a multiple of kv_heads; with ``causal`` the queries are the last tokens). scale: ``head_dim ** -0.5``
     when None.
     config: a preset's name, ``default`` (turbo4), or a Policy.
-    Causal: token t reads the pages before it quantised and its own page exactly, as in a decode step. Not causal: all
-    full pages are quantised. Raises InvalidInputError for shapes that do not fit, NaN or Inf. Returns ``q``'s shape and
-    dtype.
+    Causal: token t reads the pages before it quantised and its own page exactly, as in a decode step (in INT8 with a
+    Policy whose attention has ``chunk_bits`` 8). Not causal: all full pages are quantised.
+    Raises InvalidInputError for shapes that do not fit, NaN or Inf. Returns ``q``'s shape and dtype.
     """
     check_heads("q", q)
     check_heads("k", k, head_dim=q.shape[-1])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from turboattention import config as configuration
-from turboattention.checks import check_head_dim
+from turboattention.checks import SUPPORTED_HEAD_DIMS, check_head_dim
 from turboattention.config import (
     METADATA,
     OPEN_PAGES,
@@ -109,6 +109,10 @@ class Policy:
             ):
                 if index is not None and index >= count:
                     raise invalid(f"override {name}", f"below {count}", index)
+        if self.attention.chunk_bits == 8 and shape.head_dim not in SUPPORTED_HEAD_DIMS:
+            known = ", ".join(map(str, SUPPORTED_HEAD_DIMS))
+            reason = f"chunk_bits 8 needs a head_dim of {known}, not {shape.head_dim}; use chunk_bits 16"
+            raise UnsupportedError(f"policy {self.name!r}: {reason}")
         formats = [pair for layer in range(shape.layers) for pair in self.head_formats(layer, shape.kv_heads)]
         for fmt in {fmt for pair in formats for fmt in pair if fmt.bits < 16}:
             check_head_dim(shape.head_dim)
@@ -214,7 +218,7 @@ def _policy_from(data: dict[str, Any]) -> Policy:
         _choice("cache", cache, "open_page", OPEN_PAGES)
     attention = dict(data.get("attention", {}))
     _choice("attention", attention, "softmax", SOFTMAXES)
-    for key in ("query_bits", "probability_bits"):
+    for key in ("query_bits", "probability_bits", "chunk_bits"):
         _choice("attention", attention, key, (8, 16))
     overrides = tuple(_build(Override, item, f"overrides[{i}]") for i, item in enumerate(data.get("overrides", [])))
     if not isinstance(data.get("provenance", {}), dict):

@@ -298,6 +298,8 @@ def enable(model: PreTrainedModel, policy: str | Policy = "turbo4") -> Enabled:
     if not any(getattr(module, "is_causal", False) for module in model.modules()):
         raise UnsupportedError(f"{kind}: has no causal attention")
     resolved = Policy.resolve(policy)
+    if resolved.attention.chunk_bits == 8 and getattr(text, "attn_logit_softcapping", None):
+        raise UnsupportedError(f"{kind}: chunk_bits 8 has no form for soft-capped scores; use chunk_bits 16")
     TurboCache(model.config, resolved)  # raises now what a first forward would raise later
     _register(stock)
     return Enabled(model, resolved, stock)

@@ -11,13 +11,14 @@ from turboattention.ops.append import supports as append_supports
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.decode import decode_attention, paged_decode
 from turboattention.ops.dispatch import choose, without_triton
-from turboattention.ops.prefill import cached_attention, prefill_attention
+from turboattention.ops.prefill import cached_attention, chunked_prefill, prefill_attention
 from turboattention.quant.layout import PageLayout
 
 __all__ = [
     "CachedKV",
     "attend",
     "cached_attention",
+    "chunked_prefill",
     "decode_attention",
     "implementations",
     "paged_decode",
@@ -36,11 +37,12 @@ def attend(
     softcap: float | None = None,
     config: AttentionConfig = _PLAIN,
 ) -> Tensor:
-    """Attention of the newest ``q.shape[2]`` tokens over the cache; arguments as `prefill_attention`.
+    """Attention of the newest ``q.shape[2]`` tokens over the cache; arguments as `cached_attention`.
 
     While nothing is compressed and the arithmetic is plain, torch's own attention computes it: same result, faster.
     """
-    if not kv.page_tokens and softcap is None and config == _PLAIN:
+    in_int8 = causal and config.rounds_chunk(q.shape[2])
+    if not kv.page_tokens and softcap is None and config.plain and not in_int8:
         return _torch_attention(q, kv, scale, causal)
     return cached_attention(q, kv, scale=scale, causal=causal, softcap=softcap, config=config).out
 

@@ -117,8 +117,8 @@ def say_slower(reason: str) -> None:
 
 
 def _not_computed(config: AttentionConfig, dtype: torch.dtype) -> str | None:
-    if config.softmax != "exact" or config.query_bits == 8 or config.probability_bits == 8:
-        return f"softmax {config.softmax} with Q in {config.query_bits} and P in {config.probability_bits} bits"
+    if not config.plain:
+        return config.described
     return "float64 queries" if dtype == torch.float64 else None
 
 

@@ -1,10 +1,11 @@
 """What attention reads: the cache of one layer as a view that owns nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from turboattention.errors import invalid
 from turboattention.quant.layout import PageLayout
 
 
@@ -55,17 +56,40 @@ class CachedKV:
         window: only that many last tokens, each token's own included.
         """
         columns = torch.arange(self.length, device=self.tail_key.device)
+        # Where each query is: before the first token for those that are more than the tokens (not causal).
+        rows = torch.arange(self.length - queries, self.length, device=self.tail_key.device)[:, None]
         mask: Tensor | None = None
         if causal and queries > 1:
-            mask = columns <= columns[self.length - queries :, None]
+            mask = columns <= rows
             mask = mask[None]
         if window is not None:
-            near = columns > columns[self.length - queries :, None] - window
+            near = columns > rows - window
             mask = near[None] if mask is None else mask & near
         if self.starts is not None:
             real = columns >= self.starts[:, None]
             mask = real[:, None, :] if mask is None else mask & real[:, None, :]
         return mask
+
+    def row(self, index: int) -> "CachedKV":
+        """One sequence, as a batch of one; copies nothing."""
+        one = slice(index, index + 1)
+        groups = tuple(replace(group, pages=group.pages[one]) for group in self.groups)
+        sink_key, sink_value, starts = (
+            None if x is None else x[one] for x in (self.sink_key, self.sink_value, self.starts)
+        )
+        tail = self.tail_key[one], self.tail_value[one]
+        return CachedKV(groups, self.page_tokens, *tail, sink_key, sink_value, starts)
+
+    def split(self, tokens: int) -> tuple["CachedKV", Tensor, Tensor]:
+        """The cache before its newest ``tokens`` tokens, and exact K and V of these; copies nothing.
+
+        Raises InvalidInputError where some of them are already in pages.
+        """
+        kept = self.tail_key.shape[2] - tokens
+        if kept < 0:
+            raise invalid("tokens", f"at most {self.tail_key.shape[2]} (those not yet in pages)", tokens)
+        prefix = replace(self, tail_key=self.tail_key[:, :, :kept], tail_value=self.tail_value[:, :, :kept])
+        return prefix, self.tail_key[:, :, kept:], self.tail_value[:, :, kept:]
 
     def sink_columns(self) -> tuple[Tensor, Tensor]:
         """Columns ``[batch, sinks]`` of the sink tokens, and whether each lies in a full page."""

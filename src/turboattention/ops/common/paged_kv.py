@@ -6,8 +6,10 @@ freeze.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
 from turboattention.quant.layout import PageLayout
 
 
@@ -49,3 +51,16 @@ class PagedKV:
     @property
     def num_kv_heads(self) -> int:
         return self.tail_key.shape[1]
+
+
+def sequence(kv: PagedKV, index: int) -> CachedKV:
+    """Sequence ``index`` of a paged cache as a contiguous view (copies its pages; reads its length on the host)."""
+    length, paged = int(kv.lengths[index]), int(kv.page_tokens[index])
+    groups = []
+    for group in kv.groups:
+        pages = group.table[index, :, : paged // group.layout.page_size].long()
+        groups.append(HeadGroup(group.layout, group.heads, group.pool[pages][None]))
+    slots = torch.arange(paged, length, device=kv.tail_key.device) % kv.tail_key.shape[2]
+    tail = (x[index : index + 1, :, slots] for x in (kv.tail_key, kv.tail_value))
+    sinks = (None if x is None else x[index : index + 1] for x in (kv.sink_key, kv.sink_value))
+    return CachedKV(tuple(groups), paged, *tail, *sinks)

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from turboattention.checks import check_heads
 from turboattention.errors import invalid
-from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
-from turboattention.ops.common.paged_kv import PagedKV
+from turboattention.ops.common.paged_kv import PagedKV, sequence
 from turboattention.ops.decode.reference import decode_attention
 from turboattention.ops.dispatch import Implementation, choose, code_path, say_slower
 from turboattention.ops.prefill.reference import AttentionOutput
@@ -66,16 +65,3 @@ def reference(
         for i in range(q.shape[0])
     ]
     return AttentionOutput(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
-
-
-def sequence(kv: PagedKV, index: int) -> CachedKV:
-    """Sequence ``index`` of a paged cache as a contiguous view (copies its pages; reads its length on the host)."""
-    length, paged = int(kv.lengths[index]), int(kv.page_tokens[index])
-    groups = []
-    for group in kv.groups:
-        pages = group.table[index, :, : paged // group.layout.page_size].long()
-        groups.append(HeadGroup(group.layout, group.heads, group.pool[pages][None]))
-    slots = torch.arange(paged, length, device=kv.tail_key.device) % kv.tail_key.shape[2]
-    tail = (x[index : index + 1, :, slots] for x in (kv.tail_key, kv.tail_value))
-    sinks = (None if x is None else x[index : index + 1] for x in (kv.sink_key, kv.sink_value))
-    return CachedKV(tuple(groups), paged, *tail, *sinks)

@@ -1,13 +1,13 @@
-"""Attention over a contiguous cache by the implementation that fits the device."""
+"""Attention over a contiguous cache by the implementation that fits the device and the configuration."""
 
 from torch import Tensor
 
 from turboattention.config import AttentionConfig
 from turboattention.ops.common.cached_kv import CachedKV
-from turboattention.ops.dispatch import Implementation, choose, code_path, say_slower
-from turboattention.ops.prefill.reference import AttentionOutput, check_queries, prefill_attention
-
-_PLAIN = AttentionConfig()
+from turboattention.ops.dispatch import Implementation
+from turboattention.ops.prefill.chunked import chunked_prefill
+from turboattention.ops.prefill.over_cache import PLAIN, over_cache
+from turboattention.ops.prefill.reference import AttentionOutput, check_queries
 
 
 def cached_attention(
@@ -18,27 +18,20 @@ def cached_attention(
     causal: bool = True,
     softcap: float | None = None,
     window: int | None = None,
-    config: AttentionConfig = _PLAIN,
+    config: AttentionConfig = PLAIN,
     implementation: Implementation | None = None,
 ) -> AttentionOutput:
     """`prefill_attention` (one query: decode) by a kernel where one fits, else by the definition; see `dispatch`.
 
+    With ``config.chunk_bits`` 8 and at least 64 queries (causal): `chunked_prefill`, the queries' own tokens in INT8.
     implementation: insist on one; UnsupportedError with the reason where it can't be had.
     """
-    layouts = tuple(group.layout for group in kv.groups)
-    chosen, reason = choose(layouts, q.device, q.dtype, queries=q.shape[2], config=config, wanted=implementation)
-    if implementation is None and chosen != "reference":
-        if q.requires_grad:
-            chosen, reason = "reference", "the kernels have no gradient"
-        elif window is not None and not causal:
-            chosen, reason = "reference", "the kernels take a window of causal attention only"
-    if chosen == "reference":
-        if q.is_cuda and layouts and implementation is None:
-            say_slower(reason)
-        return prefill_attention(q, kv, scale=scale, causal=causal, softcap=softcap, window=window, config=config)
-    from turboattention.ops.decode.launch import KernelView, Request, attend  # needs Triton
-
-    check_queries(q, kv)
-    request = Request(q.shape[-1] ** -0.5 if scale is None else scale, causal, softcap, window)
-    view = KernelView.of_cached(kv)
-    return AttentionOutput(*attend(q, view, request, gluon=chosen == "gluon", how=code_path(q.device)))
+    check_queries(q, kv, causal)
+    if causal and config.rounds_chunk(q.shape[2]):
+        prefix, k, v = kv.split(q.shape[2])
+        return chunked_prefill(
+            q, k, v, prefix, scale=scale, softcap=softcap, window=window, implementation=implementation
+        )
+    return over_cache(
+        q, kv, scale=scale, causal=causal, softcap=softcap, window=window, config=config, implementation=implementation
+    )

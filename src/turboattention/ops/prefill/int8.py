@@ -18,6 +18,7 @@ from turboattention.quant.packing import permute_tokens, restore_tokens
 LEVELS = 127
 QUERY_BLOCK = 64  # query rows that share a scale: the rows that one warpgroup of a matrix unit works on
 KEY_BLOCK = BLOCK  # tokens that share a scale of K and one of V: a tile of the kernels
+ROWS = 512  # queries that the definition computes together: bounds the score matrix, changes no result
 SMALLEST = 1e-30  # of a block's largest magnitude: zeros then give codes 0 and no division by 0
 LOG2E = math.log2(math.e)
 
@@ -120,11 +121,16 @@ def int8_attention(
         v_codes = restore_tokens(chunk.v[:, :, tokens.padded]).mT
         scale = chunk.v_scale[:, tokens.scales(KEY_BLOCK)]
         v = _values(v_codes, scale, KEY_BLOCK, dtype)[:, : tokens.length]
-        scores = q @ k.repeat_interleave(ratio, 0).mT / LOG2E
-        scores = scores.masked_fill(~visible(rows.length, tokens.length, causal, window, q.device), -torch.inf)
-        # A row without any visible token is all -inf: softmax gives NaN where attention means zero.
-        outs.append(torch.softmax(scores, -1).nan_to_num(0.0) @ v.repeat_interleave(ratio, 0))
-        lses.append(torch.logsumexp(scores, -1) + chunk.shift[:, rows.padded][:, : rows.length].to(dtype))
+        k, v = k.repeat_interleave(ratio, 0), v.repeat_interleave(ratio, 0)
+        seen = visible(rows.length, tokens.length, causal, window, q.device)
+        parts, sums = [], []
+        for part, mask in zip(q.split(ROWS, 1), seen.split(ROWS), strict=True):
+            scores = (part @ k.mT / LOG2E).masked_fill(~mask, -torch.inf)
+            # A row without any visible token is all -inf: softmax gives NaN where attention means zero.
+            parts.append(torch.softmax(scores, -1).nan_to_num(0.0) @ v)
+            sums.append(torch.logsumexp(scores, -1))
+        outs.append(torch.cat(parts, 1))
+        lses.append(torch.cat(sums, 1) + chunk.shift[:, rows.padded][:, : rows.length].to(dtype))
     out = [x[..., : chunk.head_dim] for x in outs]
     if sequences.is_packed:
         return AttentionOutput(torch.cat(out, 1).transpose(0, 1), torch.cat(lses, 1))

@@ -40,16 +40,12 @@ def int8_prefill(
     that see nothing give zeros and -inf. Magnitudes of scores in log2 units must stay below 2^60.
     Raises InvalidInputError for what does not fit, UnsupportedError for softcap, MissingDependencyError without Triton.
     """
-    if softcap is not None:
-        raise UnsupportedError(
-            "softcap: a capped score is no longer an integer times a factor; INT8 prefill has no form"
-        )
+    check_softcap(softcap)
     sequences = sequences or Sequences.dense(q, k)
     sequences.check(q, k, v)
     int8.check_window(window, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise invalid("scale", "a positive number", scale)
+    check_scale(scale)
     implementation = implementation or choose(q, window)
     if implementation == "reference":
         chunk = int8.quantise_chunk(q, k, v, scale, sequences)
@@ -72,6 +68,21 @@ def int8_prefill(
     else:
         int8_triton.attention(chunk, out, lse, causal=causal, window=window)
     return AttentionOutput(out, lse)
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise unless ``softcap`` is None."""
+    if softcap is not None:
+        raise UnsupportedError(
+            "softcap: a capped score is no longer an integer times a factor, which INT8 prefill needs; "
+            "use 16 bits (chunk_bits 16)"
+        )
+
+
+def check_scale(scale: float) -> None:
+    """Raise unless ``scale`` is positive."""
+    if not scale > 0:
+        raise invalid("scale", "a positive number", scale)
 
 
 def choose(q: Tensor, window: int | None) -> Implementation:

@@ -40,16 +40,16 @@ def prefill_attention(
     config: AttentionConfig | None = None,
     form: Form = "folded",
 ) -> AttentionOutput:
-    """Attention of the last ``q.shape[2]`` tokens of the cache over all of it.
+    """Attention of the last ``q.shape[2]`` tokens of the cache over all of it (not causal: of any tokens).
 
     q: ``[batch, heads, queries, head_dim]``, heads a multiple of the KV heads (query head h reads KV head h // ratio).
     scale: factor of the scores, ``head_dim ** -0.5`` when None. softcap: ``cap * tanh(score / cap)`` when given.
-    window: a token sees only that many last tokens, itself included.
+    window: a token sees only that many last tokens, itself included; not causal, it is counted from the same place.
     form: ``folded`` multiplies codes and keeps scales outside; ``expanded`` dequantises first. They agree to rounding.
     Rows that see nothing (padding) give zeros and an lse of -inf. Computes in float32 (float64 for float64 q).
     Raises InvalidInputError for shapes that do not fit.
     """
-    check_queries(q, kv)
+    check_queries(q, kv, causal)
     config = config or AttentionConfig()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -73,14 +73,26 @@ def prefill_attention(
     return AttentionOutput(out, torch.cat(lses, 3).flatten(1, 2).float())
 
 
-def check_queries(q: Tensor, kv: CachedKV) -> None:
-    """Raise InvalidInputError unless ``q`` fits the cache."""
+def merge_attention(a: AttentionOutput, b: AttentionOutput) -> AttentionOutput:
+    """Attention of the same queries over two disjoint sets of tokens together, from that over each.
+
+    out ``[..., head_dim]`` with lse ``[...]``: ``lse = log(e^lse_a + e^lse_b)`` and
+    ``out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b``, in the dtype of ``a.out``. A part that saw nothing has
+    zeros and -inf.
+    """
+    share = torch.sigmoid(a.lse - b.lse).nan_to_num(0.0)[..., None]  # NaN: neither saw anything
+    out = torch.lerp(b.out.to(share.dtype), a.out.to(share.dtype), share)
+    return AttentionOutput(out.to(a.out.dtype), torch.logaddexp(a.lse, b.lse))
+
+
+def check_queries(q: Tensor, kv: CachedKV, causal: bool) -> None:
+    """Raise InvalidInputError unless ``q`` fits the cache; causal: its tokens are the cache's newest."""
     check_heads("q", q, head_dim=kv.tail_key.shape[-1])
     if q.shape[1] % kv.num_kv_heads:
         raise invalid("q", f"a multiple of {kv.num_kv_heads} KV heads", f"{q.shape[1]} heads")
     if q.shape[0] != kv.tail_key.shape[0]:
         raise invalid("q", f"batch {kv.tail_key.shape[0]} as the cache", q.shape[0])
-    if q.shape[2] > kv.length:
+    if causal and q.shape[2] > kv.length:
         raise invalid("q", f"at most {kv.length} queries (the tokens of the cache)", q.shape[2])
     if not q.shape[2]:
         raise invalid("q", "at least 1 query", 0)

@@ -1,0 +1,66 @@
+"""Attention over a cache of either kind, as it is stored, by the implementation that fits the device."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from turboattention.config import AttentionConfig
+from turboattention.ops.common.cached_kv import CachedKV
+from turboattention.ops.common.paged_kv import PagedKV, sequence
+from turboattention.ops.dispatch import Implementation, choose, code_path, say_slower
+from turboattention.ops.prefill.reference import AttentionOutput, prefill_attention
+
+PLAIN = AttentionConfig()
+
+
+def over_cache(
+    q: Tensor,
+    kv: CachedKV | PagedKV,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    window: int | None = None,
+    config: AttentionConfig = PLAIN,
+    implementation: Implementation | None = None,
+) -> AttentionOutput:
+    """`prefill_attention` by a kernel where one fits, else by the definition; the caller has checked the shapes.
+
+    q: ``[batch, heads, queries, head_dim]``; a sequence of ``kv`` may be empty when not causal. The other arguments as
+    `prefill_attention` and `cached_attention`.
+    """
+    layouts = tuple(group.layout for group in kv.groups)
+    chosen, reason = choose(layouts, q.device, q.dtype, queries=q.shape[2], config=config, wanted=implementation)
+    if implementation is None and chosen != "reference" and q.requires_grad:
+        chosen, reason = "reference", "the kernels have no gradient"
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "reference":
+        if q.is_cuda and layouts and implementation is None:
+            say_slower(reason)
+        rows = [(q, kv)] if isinstance(kv, CachedKV) else [(q[i : i + 1], sequence(kv, i)) for i in range(len(q))]
+        return _joined(
+            [
+                prefill_attention(x, row, scale=scale, causal=causal, softcap=softcap, window=window, config=config)
+                for x, row in rows
+            ],
+            0,
+        )
+    from turboattention.ops.decode.launch import QUERY_BLOCK, KernelView, Request, attend  # needs Triton
+
+    view = KernelView.of_cached(kv) if isinstance(kv, CachedKV) else KernelView.of_paged(kv)
+    request = Request(scale, causal, softcap, window)
+    parts, left = [], q.shape[2]
+    # Without causal all queries of a launch read the whole cache, and its window counts back from the last of them.
+    for part in [q] if window is None or causal else q.split(QUERY_BLOCK, 2):
+        left -= part.shape[2]
+        of_part = request if window is None or causal else replace(request, window=window + left)
+        out, lse = attend(part, view, of_part, gluon=chosen == "gluon", how=code_path(q.device))
+        parts.append(AttentionOutput(out, lse))
+    return _joined(parts, 2)
+
+
+def _joined(parts: list[AttentionOutput], dim: int) -> AttentionOutput:
+    if len(parts) == 1:
+        return parts[0]
+    return AttentionOutput(torch.cat([part.out for part in parts], dim), torch.cat([part.lse for part in parts], dim))
