@@ -146,8 +146,9 @@ def test_cache_config_checks_its_fields(changes: dict, message: str):
         (lambda: AttentionConfig(softmax="fast"), "softmax"),
         (lambda: AttentionConfig(query_bits=4), "query_bits"),
         (lambda: AttentionConfig(probability_bits=32), "probability_bits"),
+        (lambda: AttentionConfig(chunk_bits=4), "chunk_bits"),
     ],
-    ids=["metadata", "open_page", "low_bits", "softmax", "query_bits", "probability_bits"],
+    ids=["metadata", "open_page", "low_bits", "softmax", "query_bits", "probability_bits", "chunk_bits"],
 )
 def test_unknown_choices_are_refused(build, name: str):
     """A typing mistake must not select another behaviour in silence."""
@@ -171,6 +172,21 @@ def test_unknown_choices_are_refused(build, name: str):
 def test_refinement_that_no_page_can_hold(changes: dict):
     with pytest.raises(InvalidInputError, match=r"^refinement: expected"):
         TensorFormat(**{"bits": 4, **changes})
+
+
+@pytest.mark.parametrize(
+    "other", [{"softmax": "sas"}, {"softmax": "base2"}, {"query_bits": 8}, {"probability_bits": 8}]
+)
+def test_a_chunk_in_int8_needs_plain_attention_over_the_cache(other: dict):
+    with pytest.raises(
+        InvalidInputError, match=r"^chunk_bits 8: expected softmax 'exact' and 16 bits of Q and P, rece"
+    ):
+        AttentionConfig(chunk_bits=8, **other)
+    assert AttentionConfig(chunk_bits=16, **other).chunk_bits == 16
+
+
+def test_no_preset_computes_a_chunk_in_int8():
+    assert {preset.attention.chunk_bits for preset in presets().values()} == {16}
 
 
 def test_configurations_are_frozen():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import turboattention as ta
-from turboattention.config import presets
+from turboattention.config import AttentionConfig, presets
 from turboattention.errors import InvalidInputError, UnsupportedError
 from turboattention.policy import ModelShape, Override, Policy
 
@@ -38,6 +38,22 @@ def test_round_trip_of_everything(tmp_path: Path):
     assert data["turboattention_policy"] == 1
     assert data["overrides"][0] == {"bits": 8, "layer": 0, "head": None, "tensor": "both"}
     assert data["model"] == {"model_type": "llama", "layers": 4, "kv_heads": 2, "head_dim": 64}
+
+
+def test_round_trip_of_chunk_bits(tmp_path: Path):
+    policy = replace(FULL, attention=AttentionConfig(chunk_bits=8))
+    policy.save(tmp_path / "policy.json")
+    assert json.loads((tmp_path / "policy.json").read_text())["attention"]["chunk_bits"] == 8
+    assert Policy.load(tmp_path / "policy.json") == policy
+    path = edited(tmp_path, lambda d: d["attention"].pop("chunk_bits"))
+    assert Policy.load(path).attention.chunk_bits == 16
+
+
+def test_chunk_bits_need_a_head_dim_that_a_kernel_has():
+    policy = replace(Policy.from_preset("fp16"), attention=AttentionConfig(chunk_bits=8))
+    policy.validate_for(SHAPE)
+    with pytest.raises(UnsupportedError, match=r"^policy 'fp16': chunk_bits 8 needs a head_dim of 64, .* not 32; use"):
+        policy.validate_for(replace(SHAPE, head_dim=32))
 
 
 def test_save_replaces_a_file_whole(tmp_path: Path):
@@ -142,6 +158,11 @@ WRONG = {
     "low-bits": (lambda d: d["cache"].update(low_bits=5), "low_bits: expected"),
     "softmax": (lambda d: d["attention"].update(softmax="x"), "attention.softmax: expected one of exact, base2, sas"),
     "query-bits": (lambda d: d["attention"].update(query_bits=4), "attention.query_bits: expected one of 8, 16"),
+    "chunk-bits": (lambda d: d["attention"].update(chunk_bits=4), "attention.chunk_bits: expected one of 8, 16"),
+    "chunk-bits-with-sas": (
+        lambda d: d["attention"].update(chunk_bits=8, softmax="sas"),
+        "chunk_bits 8: expected softmax 'exact' and 16 bits of Q and P, received softmax sas",
+    ),
     "granularity-kind": (
         lambda d: cache_key(d).update(granularity={"kind": "per_head"}),
         "cache.key.granularity.kind: expected one of per_token, per_channel, per_group, per_block, received 'per_head'",

@@ -72,7 +72,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
     report = json.loads((tmp_path / "doctor.json").read_text())
     assert report["passed"]
-    assert {row["name"] for row in report["operators"]} == {"append", "decode", "prefill", "softmax"}
+    assert {row["name"] for row in report["operators"]} == {"append", "decode", "prefill", "int8_prefill", "softmax"}
     assert all(row["reason"] for row in report["operators"])
     assert all(math.isfinite(check["error"]) and check["passed"] for check in report["self_test"])
     assert "All self-tests passed." in capsys.readouterr().out

@@ -12,6 +12,7 @@ from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.decode import decode_attention, paged_decode
 from turboattention.ops.dispatch import choose, without_triton
 from turboattention.ops.prefill import cached_attention, chunked_prefill, prefill_attention
+from turboattention.ops.prefill.int8_prefill import choose_for
 from turboattention.quant.layout import PageLayout
 
 __all__ = [
@@ -72,13 +73,17 @@ def implementations(
     cache = get_preset(preset).cache
     layout = PageLayout(cache.page_size, head_dim, cache.key, cache.value)
     config = get_preset(preset).attention
-    no_append = without_triton(device) or append_supports(layout)
+    missing = without_triton(device)
+    no_append = missing or append_supports(layout)
     append = ("reference", no_append) if no_append else ("triton", "the kernel made for this device")
     decode, prefill = (choose((layout,), device, torch.float16, queries=n, config=config) for n in (1, 64))
+    chunk: str = "reference" if missing else choose_for(device, head_dim)
+    int8_prefill = (chunk, missing or "of a chunk over itself, with a policy of chunk_bits 8")
     softmax = ("reference", "the kernels compute the exact softmax")
     return {
         "append": append,
         "decode": (decode.implementation, decode.reason),
         "prefill": (prefill.implementation, prefill.reason),
+        "int8_prefill": int8_prefill,
         "softmax": softmax,
     }

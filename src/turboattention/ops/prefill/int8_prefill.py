@@ -87,16 +87,22 @@ def check_scale(scale: float) -> None:
 
 def choose(q: Tensor, window: int | None) -> Implementation:
     """The implementation that ``int8_prefill`` takes when none is named."""
-    if not q.is_cuda:
+    return choose_for(q.device, q.shape[-1], window)
+
+
+def choose_for(device: torch.device, head_dim: int, window: int | None = None) -> Implementation:
+    """As `choose`, without the tensor."""
+    if device.type != "cuda":
         return "reference"
-    return "triton" if _why_not_hopper(q, window) else "hopper"
+    return "triton" if _why_not_hopper(device, head_dim, window) else "hopper"
 
 
-def _why_not_hopper(q: Tensor, window: int | None) -> InvalidInputError | None:
-    if not q.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) != (9, 0):
-        return invalid("implementation", "a Hopper GPU (sm_90) for 'hopper'", q.device, "use implementation='triton'")
-    if q.shape[-1] > HOPPER_WIDTH:
-        return invalid("head_dim", f"at most {HOPPER_WIDTH} for 'hopper'", q.shape[-1], "use implementation='triton'")
+def _why_not_hopper(device: torch.device, head_dim: int, window: int | None) -> InvalidInputError | None:
+    cuda = device.type == "cuda" and torch.version.hip is None
+    if not cuda or torch.cuda.get_device_capability(device) != (9, 0):
+        return invalid("implementation", "a Hopper GPU (sm_90) for 'hopper'", device, "use implementation='triton'")
+    if head_dim > HOPPER_WIDTH:
+        return invalid("head_dim", f"at most {HOPPER_WIDTH} for 'hopper'", head_dim, "use implementation='triton'")
     if window is not None:
         return invalid("window", "None for 'hopper'", window, "use implementation='triton'")
     return None
@@ -105,6 +111,6 @@ def _why_not_hopper(q: Tensor, window: int | None) -> InvalidInputError | None:
 def _check_implementation(implementation: str, q: Tensor, window: int | None) -> None:
     if implementation not in ("triton", "hopper"):
         raise invalid("implementation", "'reference', 'triton', 'hopper' or None", repr(implementation))
-    error = _why_not_hopper(q, window) if implementation == "hopper" else None
+    error = _why_not_hopper(q.device, q.shape[-1], window) if implementation == "hopper" else None
     if error is not None:
         raise error
