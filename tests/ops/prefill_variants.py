@@ -2,7 +2,7 @@
 
 from compile_kernels import TARGETS, Variant
 
-from turboattention.ops.prefill import hopper, int8_prepass, int8_triton
+from turboattention.ops.prefill import hopper, int8_prepass, int8_triton, merge_triton
 from turboattention.ops.prefill.int8 import LEVELS, SMALLEST
 
 CODES = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*i8"}
@@ -62,6 +62,16 @@ def on_hopper(width: int, *, causal: bool, packed: bool = False) -> Variant:
     )
 
 
+def merge(width: int, *, packed: bool) -> Variant:
+    types = {"before_ptr": "*fp16", "before_lse_ptr": "*fp32", "out_ptr": "*fp16", "lse_ptr": "*fp32"}
+    numbers = [f"{x}_stride_{axis}" for x in ("before", "out") for axis in "bht"]
+    numbers += [f"{x}_stride_{axis}" for x in ("before_lse", "lse") for axis in "bh"]
+    types |= dict.fromkeys(("rows", "longest", "heads", *numbers), "i32") | ({"cu_ptr": "*i32"} if packed else {})
+    constants = {"HEAD_DIM": width, "WIDTH": width, "ROWS": merge_triton.ROWS, "PACKED": packed, "out_stride_d": 1}
+    constants |= {} if packed else {"cu_ptr": None}
+    return Variant(f"merge-{width}" + "-packed" * packed, merge_triton.merge_kernel, types, constants)
+
+
 VARIANTS = [
     *(attention(target, width, causal=True) for target in TARGETS for width in (64, 128, 256)),
     attention("sm_90", 128, causal=False),
@@ -71,4 +81,6 @@ VARIANTS = [
     on_hopper(128, causal=False),
     on_hopper(128, causal=True, packed=True),
     *prepass(128),
+    merge(128, packed=False),
+    merge(256, packed=True),
 ]
