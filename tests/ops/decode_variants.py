@@ -88,13 +88,14 @@ GROUPS = [
         RING=False,
     ),
     gluon_variant("gluon plain 4 D256", plain(4, 4, 256), 2.1, spills=60, where=(("sm_80",), ("sm_90",))),
-    # The portable kernel spills some registers in its loop: with four warps it does not, and is a third slower.
-    portable_variant("portable turbo4", preset("turbo4"), 9.0, spills=80),
+    portable_variant("portable plain 4", plain(4, 4), 2.6, spills=10),
+    portable_variant("portable turbo4", preset("turbo4"), 3.0, spills=4),
+    portable_variant("portable turbo2", preset("turbo2"), 3.5, spills=16, where=(("sm_80",), ("sm_90",))),
     portable_variant(
         "portable turbo3 80, all flags",
         preset("turbo3", 80),
-        40.0,
-        spills=200,
+        16.5,
+        spills=120,
         where=(("sm_80",), ("sm_90",)),
         STARTS=True,
         WINDOW=True,
@@ -102,7 +103,7 @@ GROUPS = [
         PAGED=False,
         RING=False,
     ),
-    portable_variant("portable turbo4 chunk", preset("turbo4"), 9.0, queries=64, spills=200),
-    portable_variant("portable turbo4 bytes", preset("turbo4"), 40.0, how="bytes", where=(AMD,)),
+    portable_variant("portable turbo4 chunk", preset("turbo4"), 7.0, queries=64, spills=60),
+    portable_variant("portable turbo4 bytes", preset("turbo4"), 10.5, how="bytes", where=(AMD,)),
 ]
 VARIANTS = [variant for group in GROUPS for variant in group]

@@ -123,8 +123,7 @@ def _launch(
         columns, row_blocks = tile.rows, -(-ratio * queries // tile.rows)
     rows = len(group.heads) * row_blocks
     # Programs of pages all run at once.
-    resident = tile.resident if isinstance(tile, GluonTile) else 8 if columns <= 16 else 2
-    blocks = blocks or _multiprocessors(q.device) * resident
+    blocks = blocks or _multiprocessors(q.device) * tile.resident
     room = group.room if group.table is None else group.table.shape[2]
     blocks = max(1, min(blocks, room * batch * rows // tile.least_pages))
     sinks = 0 if view.sink_key is None else view.sink_key.shape[2]

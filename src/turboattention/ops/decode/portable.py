@@ -212,7 +212,7 @@ def _pages(
         value_lift = (64 >> (token_part * C.value_bits)).to(tl.float32) * (1.0 / 64.0)
         one = (1 << (token_part * C.value_bits)).to(tl.int16).to(tl.float16, bitcast=True)
         ones = tl.broadcast_to(one[None, :], [16, PAGE])
-    channel = tl.arange(0, DIM)
+    value_row = tl.minimum(tl.arange(0, DIM), C.head_dim - 1) * C.value_row_bytes
 
     m = tl.full([ROWS], -1e30, tl.float32)
     mass = tl.full([PAGE, ROWS], 0.0, tl.float32)  # summed over tokens at the end
@@ -250,9 +250,7 @@ def _pages(
             c = _sum_over_channels(_key_bytes(data + C.key_zero, True, C), q, C) * KEY_UNIT - q_sum * 128.0
             b = c * (k_offset.to(tl.float32) * (1.0 / 127.0)) * factor
         a = factor * (k_scale.to(tl.float32) * (KEY_UNIT / LIFTED / 255.0))
-        codes = _codes(
-            data + C.key_codes, token * C.key_row_bytes, token >= 0, C.key_row_bytes, C.key_columns, C.key_bits, KEY_HOW
-        )
+        codes = _codes(data + C.key_codes, token * C.key_row_bytes, C.key_row_bytes, C.key_columns, C.key_bits, KEY_HOW)
         x = tl.dot(codes, qs, tl.dot(codes, rest))
         if C.refined_channels > 0:
             x = tl.dot(_refined_codes(data, C), fine_q, x)
@@ -280,10 +278,7 @@ def _pages(
             # The zero of a token goes with the weight that its codes got.
             share = ps.to(tl.float32) * tl.where(w > 0, zero / w, 0.0)[:, None]
             zeros = zeros * fall + tl.sum(share, 0) * (_float16(data + C.value_page_zero) * (1.0 / 127.0))
-        values = _codes(
-            data + C.value_codes, channel * C.value_row_bytes, channel < C.head_dim, C.value_row_bytes,
-            C.value_columns, C.value_bits, VALUE_HOW,
-        )  # fmt: skip
+        values = _codes(data + C.value_codes, value_row, C.value_row_bytes, C.value_columns, C.value_bits, VALUE_HOW)
         new_unit = tl.maximum(v_scale.to(tl.float32), 5.9604645e-08)
         ratio = fall * (v_unit / new_unit)
         v_unit = new_unit
@@ -397,7 +392,7 @@ def _refined_queries(data, q_rows, unit, index, C: tl.constexpr):
     """Q times scale of the refined channels, in the unit of the scaled Q."""
     inside = tl.arange(0, C.refined_columns) < C.refined_channels
     scale = tl.load(data + C.key_scale + index, mask=inside, other=0).to(tl.float32) * (1.0 / (1 << C.refined_bits))
-    q = tl.load(q_rows[None, :] + index[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
+    q = tl.load(q_rows[None, :] + index[:, None]).to(tl.float32)  # padding: channel 0 with scale 0
     return (q * unit[None, :] * scale[:, None]).to(tl.float16)
 
 
@@ -422,45 +417,50 @@ def _refined_codes(data, C: tl.constexpr):
 
 
 @triton.jit
+def _inside(k, USED: tl.constexpr, SIZE: tl.constexpr):
+    """``k``, of which there are SIZE, below USED: no mask, which would be a branch on AMD GPUs."""
+    if USED == SIZE:
+        return k
+    else:
+        return tl.minimum(k, USED - 1)
+
+
+@triton.jit
 def _key_bytes(data, SIGNED: tl.constexpr, C: tl.constexpr):
     """A byte for each column of the codes of K as float16 (2^-24 of it where how is not 'bytes'); signed: plus 128."""
     HOW: tl.constexpr = C.key_how
     USED: tl.constexpr = C.head_dim // C.key_parts
     if HOW == "bytes":
         k = tl.arange(0, C.key_width)
-        place = k % C.key_columns
-        byte = tl.load(data + (k // C.key_columns * USED + place), mask=place < USED, other=0)
+        place = _inside(k % C.key_columns, USED, C.key_columns)
+        byte = tl.load(data + (k // C.key_columns * USED + place))
         if SIGNED:
             byte = byte ^ 128
         return byte.to(tl.float16)
     else:
         WORDS: tl.constexpr = C.key_columns // 2
         k = tl.arange(0, C.key_width // 2)
-        place = k % WORDS
-        at = k // WORDS * (USED // 2) + place
-        words = tl.load(data.to(tl.pointer_type(tl.int16)) + at, mask=place < USED // 2, other=0)
+        place = _inside(k % WORDS, USED // 2, WORDS)
+        words = tl.load(data.to(tl.pointer_type(tl.int16)) + (k // WORDS * (USED // 2) + place))
         if SIGNED:
             words = words ^ -32640  # 0x8080
         return _beside(_unpack(words, 8, HOW))
 
 
 @triton.jit
-def _codes(
-    data, row_offset, inside, ROW_BYTES: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, HOW: tl.constexpr
-):
-    """Codes of packed rows, ``[rows, COLUMNS * parts]`` float16; as subnormals, those of part h times 2^(BITS * h)."""
+def _codes(data, row_offset, ROW_BYTES: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, HOW: tl.constexpr):
+    """Codes of packed rows, ``[rows, COLUMNS * parts]`` float16; as subnormals, those of part h times 2^(BITS * h).
+
+    Columns that are padding hold any codes: Q is 0 there.
+    """
     if HOW == "bytes":
-        byte = tl.arange(0, COLUMNS)
+        # A row of 3 bits is the low two bits packed as 2-bit codes, then the high bits packed in eighths.
+        LOW: tl.constexpr = ROW_BYTES * 2 // 3 if BITS == 3 else ROW_BYTES
+        byte = _inside(tl.arange(0, COLUMNS), LOW, COLUMNS)
+        low = tl.load(data + row_offset[:, None] + byte[None, :])
         if BITS == 3:
-            # A row is its low two bits packed as 2-bit codes, then its high bits packed in eighths.
-            LOW: tl.constexpr = ROW_BYTES * 2 // 3
             EIGHTH: tl.constexpr = ROW_BYTES // 3
-            wanted = inside[:, None] & (byte < LOW)[None, :]
-            low = tl.load(data + row_offset[:, None] + byte[None, :], mask=wanted, other=0)
-            high = tl.load(data + row_offset[:, None] + (LOW + byte % EIGHTH)[None, :], mask=wanted, other=0)
-        else:
-            wanted = inside[:, None] & (byte < ROW_BYTES)[None, :]
-            low = tl.load(data + row_offset[:, None] + byte[None, :], mask=wanted, other=0)
+            high = tl.load(data + row_offset[:, None] + (LOW + byte % EIGHTH)[None, :])
         PARTS: tl.constexpr = 4 if BITS == 3 else 8 // BITS
         parts = ()
         for h in tl.static_range(PARTS):
@@ -472,11 +472,8 @@ def _codes(
             parts += (code.to(tl.float16),)  # type: ignore[assignment]
         return _beside(parts)
     else:
-        word = tl.arange(0, COLUMNS // 2)
-        wanted = inside[:, None] & (word < ROW_BYTES // 2)[None, :]
-        words = tl.load(
-            data.to(tl.pointer_type(tl.int16)) + (row_offset // 2)[:, None] + word[None, :], mask=wanted, other=0
-        )
+        word = _inside(tl.arange(0, COLUMNS // 2), ROW_BYTES // 2, COLUMNS // 2)
+        words = tl.load(data.to(tl.pointer_type(tl.int16)) + (row_offset // 2)[:, None] + word[None, :])
         return _beside(_unpack(words, BITS, HOW))
 
 

@@ -187,8 +187,9 @@ class PortableTile:
             rows=rows,
             groups=groups,
             exact_tile=16 if rows <= 16 else 64,
-            stages=5 if rows <= 16 else 1,
-            num_warps=1 if rows <= 8 else 2 if rows <= 16 else 4,
+            # Codes are copied two pages ahead, and their place in the table is read two pages before that.
+            stages=5 if rows <= 16 and how == "asm" else 1,
+            num_warps=4 if rows > 16 else 2 if rows > 8 or layout.head_dim > 128 else 1,
             least_pages=2,
             exact_tokens=64 if rows <= 16 else 512,
             page_bytes=layout.nbytes,
@@ -215,6 +216,11 @@ class PortableTile:
             refined_index=offset.get("key_refined_index", 0),
             refined_codes=offset.get("key_refined_codes", 0),
         )
+
+    @property
+    def resident(self) -> int:
+        """Programs of a multiprocessor at once: eight warps of about 255 registers a thread fit one."""
+        return 8 // self.num_warps
 
     @property
     def dim_padded(self) -> int:
