@@ -167,6 +167,7 @@ def _launch(
     if gluon:
         from turboattention.ops.decode.gluon import decode_kernel  # needs Triton with Gluon
 
+        assert isinstance(tile, GluonTile)
         decode_kernel[(grid,)](
             q, group.pool.view(torch.int16), *pointers, part, part_lse, q.stride(0), q.stride(1), *places,
             batch, rows, blocks, window, softcap, scale, tile, **flags, **shape, num_warps=1, maxnreg=tile.registers,

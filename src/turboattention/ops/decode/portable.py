@@ -7,12 +7,22 @@ the other side. Scales stay outside as in the definition (folded form); see READ
 Codes go to the matrix unit as float16: as subnormals (one AND for two codes) where the unit takes them, else converted.
 What decides the speed is where the compiler moves data. Packed words are loaded as they lie, and all that follows is
 elementwise or a change of view, so that words and not codes go through shared memory, copied there while earlier pages
-are computed. Which column of a product a code stands for follows from that (`_columns`): Q, scales and P keep to it.
+are computed. Which column of a product a code stands for follows from that (`column_order`): Q, scales and P keep to
+it.
 """
 
 import triton
 import triton.language as tl
 
+from turboattention.ops.decode.portable_codes import (
+    key_bytes,
+    key_columns,
+    packed_codes,
+    refined_codes,
+    refined_index,
+    refined_queries,
+    token_columns,
+)
 from turboattention.ops.decode.work import row_programs, sequence_work
 
 
@@ -198,10 +208,10 @@ def _pages(
     unit = _unit(q_rows, C)
     shrink = 1.0 / unit
     factor = unit * qscale
-    key_channel, key_part, key_inside = _key_columns(C)
+    key_channel, key_part, key_inside = key_columns(C)
     q = _queries(q_rows, key_channel, key_inside, shrink)
     q_sum = tl.sum(q.to(tl.float32), 0)
-    token, token_part = _token_columns(C)
+    token, token_part = token_columns(C)
     # Part h of a byte is its code times 2^(bits * h): taken back in the scales of K and in the weights of V.
     key_lift = tl.full([WIDTH], 1.0, tl.float16)
     if KEY_HOW != "bytes":
@@ -226,34 +236,36 @@ def _pages(
     next_index = tl.full([C.refined_columns], 0, tl.int32)
     fine_q = tl.full([C.refined_columns, ROWS], 0.0, tl.float16)
     if C.refined_channels > 0:
-        fine_q = _refined_queries(ahead, q_rows, shrink * LIFTED, _refined_index(ahead, C), C)
+        fine_q = refined_queries(ahead, q_rows, shrink * LIFTED, refined_index(ahead, C), C)
     ahead = _page(pool_ptr, table, base, tl.minimum(1, limit), PAGED, C)
     if C.refined_channels > 0:
-        next_index = _refined_index(ahead, C)
+        next_index = refined_index(ahead, C)
     for i in tl.range(0, count, num_stages=C.stages):
         data = _page(pool_ptr, table, base, i, PAGED, C)
         next_weight, next_k_scale, next_k_offset, next_v_scale = _small(ahead, token, C)
         next_fine_q = fine_q
         if C.refined_channels > 0:
-            next_fine_q = _refined_queries(ahead, q_rows, shrink * LIFTED, next_index, C)
+            next_fine_q = refined_queries(ahead, q_rows, shrink * LIFTED, next_index, C)
         ahead = _page(pool_ptr, table, base, tl.minimum(i + 2, limit), PAGED, C)
         if C.refined_channels > 0:
-            next_index = _refined_index(ahead, C)
+            next_index = refined_index(ahead, C)
 
-        scale = _key_bytes(data + C.key_scale, False, C)
+        scale = key_bytes(data + C.key_scale, False, C)
         # What rounding took away goes through a product of its own: an outlier channel would feel it.
         qs, rest = _scaled(q, tl.broadcast_to((scale * key_lift)[:, None], [WIDTH, ROWS]), KEY_HOW)
         if C.key_symmetric:
             c = _sum_over_channels(scale, q, C) * KEY_UNIT
             b = c * (k_scale.to(tl.float32) * (-0.5 * ((1 << C.key_bits) - 1) / 255.0)) * factor
         else:
-            c = _sum_over_channels(_key_bytes(data + C.key_zero, True, C), q, C) * KEY_UNIT - q_sum * 128.0
+            c = _sum_over_channels(key_bytes(data + C.key_zero, True, C), q, C) * KEY_UNIT - q_sum * 128.0
             b = c * (k_offset.to(tl.float32) * (1.0 / 127.0)) * factor
         a = factor * (k_scale.to(tl.float32) * (KEY_UNIT / LIFTED / 255.0))
-        codes = _codes(data + C.key_codes, token * C.key_row_bytes, C.key_row_bytes, C.key_columns, C.key_bits, KEY_HOW)
+        codes = packed_codes(
+            data + C.key_codes, token * C.key_row_bytes, C.key_row_bytes, C.key_columns, C.key_bits, KEY_HOW
+        )
         x = tl.dot(codes, qs, tl.dot(codes, rest))
         if C.refined_channels > 0:
-            x = tl.dot(_refined_codes(data, C), fine_q, x)
+            x = tl.dot(refined_codes(data, C), fine_q, x)
         x = x * a[None, :] + b[None, :]
         if SOFTCAP:
             x = _cap(x, softcap)
@@ -278,7 +290,9 @@ def _pages(
             # The zero of a token goes with the weight that its codes got.
             share = ps.to(tl.float32) * tl.where(w > 0, zero / w, 0.0)[:, None]
             zeros = zeros * fall + tl.sum(share, 0) * (_float16(data + C.value_page_zero) * (1.0 / 127.0))
-        values = _codes(data + C.value_codes, value_row, C.value_row_bytes, C.value_columns, C.value_bits, VALUE_HOW)
+        values = packed_codes(
+            data + C.value_codes, value_row, C.value_row_bytes, C.value_columns, C.value_bits, VALUE_HOW
+        )
         new_unit = tl.maximum(v_scale.to(tl.float32), 5.9604645e-08)
         ratio = fall * (v_unit / new_unit)
         v_unit = new_unit
@@ -343,186 +357,6 @@ def _exp2(x, HOW: tl.constexpr):
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
         return tl.exp2(x)
-
-
-@triton.jit
-def _columns(COLUMNS: tl.constexpr, PARTS: tl.constexpr, HOW: tl.constexpr):
-    """For each column of `packed_codes`: its place in its part of the row, and which part."""
-    k = tl.arange(0, COLUMNS * PARTS)
-    if HOW == "bytes":
-        return k % COLUMNS, k // COLUMNS
-    else:
-        # Even bytes of all words and parts, then odd bytes.
-        WORDS: tl.constexpr = COLUMNS // 2
-        return k % WORDS * 2 + k // (WORDS * PARTS), k // WORDS % PARTS
-
-
-@triton.jit
-def _key_columns(C: tl.constexpr):
-    """Channel and part of each column of the codes of K, and which columns are no padding."""
-    COLUMNS: tl.constexpr = C.key_columns
-    PARTS: tl.constexpr = C.key_parts
-    HOW: tl.constexpr = C.key_how
-    USED: tl.constexpr = C.head_dim // C.key_parts
-    place, part = _columns(COLUMNS, PARTS, HOW)
-    inside = place < USED
-    return tl.where(inside, part * USED + place, 0), part, inside
-
-
-@triton.jit
-def _token_columns(C: tl.constexpr):
-    """Token and part of each column of the codes of V: the order of tokens in every product."""
-    COLUMNS: tl.constexpr = C.value_columns
-    PARTS: tl.constexpr = C.value_parts
-    HOW: tl.constexpr = C.value_how
-    place, part = _columns(COLUMNS, PARTS, HOW)
-    u = part * COLUMNS + place  # stored order, see `packing.permute_tokens`
-    return (u & ~14) | ((u >> 1) & 1) * 8 | ((u >> 2) & 3) * 2, part
-
-
-@triton.jit
-def _refined_index(data, C: tl.constexpr):
-    """The refined channels of a page."""
-    k = tl.arange(0, C.refined_columns)
-    return tl.load(data + C.refined_index + k, mask=k < C.refined_channels, other=0).to(tl.int32)
-
-
-@triton.jit
-def _refined_queries(data, q_rows, unit, index, C: tl.constexpr):
-    """Q times scale of the refined channels, in the unit of the scaled Q."""
-    inside = tl.arange(0, C.refined_columns) < C.refined_channels
-    scale = tl.load(data + C.key_scale + index, mask=inside, other=0).to(tl.float32) * (1.0 / (1 << C.refined_bits))
-    q = tl.load(q_rows[None, :] + index[:, None]).to(tl.float32)  # padding: channel 0 with scale 0
-    return (q * unit[None, :] * scale[:, None]).to(tl.float16)
-
-
-@triton.jit
-def _refined_codes(data, C: tl.constexpr):
-    """Codes of the lower plane, ``[tokens, refined channels]`` in the order of `_token_columns`."""
-    COLUMNS: tl.constexpr = C.refined_columns
-    PARTS: tl.constexpr = 8 // C.refined_bits
-    BYTES: tl.constexpr = C.page // PARTS
-    k = tl.arange(0, COLUMNS)[:, None]
-    at = k * BYTES + tl.arange(0, BYTES)[None, :]
-    byte = tl.load(data + C.refined_codes + at, mask=k < C.refined_channels, other=0).to(tl.int16)
-    shift = (tl.arange(0, PARTS) * C.refined_bits).to(tl.int16)
-    fine = (byte[:, None, :] >> shift[None, :, None]) & ((1 << C.refined_bits) - 1)
-    fine = fine.reshape(COLUMNS, C.page // 16, 2, 4, 2)
-    fine = fine.permute(0, 1, 3, 2, 4) if C.value_how == "bytes" else fine.permute(0, 4, 1, 3, 2)
-    fine = fine.reshape(COLUMNS, C.page).trans()
-    if C.key_how == "bytes":
-        return fine.to(tl.float16)
-    else:
-        return fine.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _inside(k, USED: tl.constexpr, SIZE: tl.constexpr):
-    """``k``, of which there are SIZE, below USED: no mask, which would be a branch on AMD GPUs."""
-    if USED == SIZE:
-        return k
-    else:
-        return tl.minimum(k, USED - 1)
-
-
-@triton.jit
-def _key_bytes(data, SIGNED: tl.constexpr, C: tl.constexpr):
-    """A byte for each column of the codes of K as float16 (2^-24 of it where how is not 'bytes'); signed: plus 128."""
-    HOW: tl.constexpr = C.key_how
-    USED: tl.constexpr = C.head_dim // C.key_parts
-    if HOW == "bytes":
-        k = tl.arange(0, C.key_width)
-        place = _inside(k % C.key_columns, USED, C.key_columns)
-        byte = tl.load(data + (k // C.key_columns * USED + place))
-        if SIGNED:
-            byte = byte ^ 128
-        return byte.to(tl.float16)
-    else:
-        WORDS: tl.constexpr = C.key_columns // 2
-        k = tl.arange(0, C.key_width // 2)
-        place = _inside(k % WORDS, USED // 2, WORDS)
-        words = tl.load(data.to(tl.pointer_type(tl.int16)) + (k // WORDS * (USED // 2) + place))
-        if SIGNED:
-            words = words ^ -32640  # 0x8080
-        return _beside(_unpack(words, 8, HOW))
-
-
-@triton.jit
-def _codes(data, row_offset, ROW_BYTES: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, HOW: tl.constexpr):
-    """Codes of packed rows, ``[rows, COLUMNS * parts]`` float16; as subnormals, those of part h times 2^(BITS * h).
-
-    Columns that are padding hold any codes: Q is 0 there.
-    """
-    if HOW == "bytes":
-        # A row of 3 bits is the low two bits packed as 2-bit codes, then the high bits packed in eighths.
-        LOW: tl.constexpr = ROW_BYTES * 2 // 3 if BITS == 3 else ROW_BYTES
-        byte = _inside(tl.arange(0, COLUMNS), LOW, COLUMNS)
-        low = tl.load(data + row_offset[:, None] + byte[None, :])
-        if BITS == 3:
-            EIGHTH: tl.constexpr = ROW_BYTES // 3
-            high = tl.load(data + row_offset[:, None] + (LOW + byte % EIGHTH)[None, :])
-        PARTS: tl.constexpr = 4 if BITS == 3 else 8 // BITS
-        parts = ()
-        for h in tl.static_range(PARTS):
-            if BITS == 3:
-                bit = 2 * h + byte // EIGHTH
-                code = ((low >> (2 * h)) & 3).to(tl.int32) | (((high.to(tl.int32) >> bit[None, :]) & 1) << 2)
-            else:
-                code = (low >> (BITS * h)) & ((1 << BITS) - 1)
-            parts += (code.to(tl.float16),)  # type: ignore[assignment]
-        return _beside(parts)
-    else:
-        word = _inside(tl.arange(0, COLUMNS // 2), ROW_BYTES // 2, COLUMNS // 2)
-        words = tl.load(data.to(tl.pointer_type(tl.int16)) + (row_offset // 2)[:, None] + word[None, :])
-        return _beside(_unpack(words, BITS, HOW))
-
-
-@triton.jit
-def _unpack(words, BITS: tl.constexpr, HOW: tl.constexpr):
-    """Codes of 16-bit words as subnormals: a tensor for each part of the even bytes, then of the odd bytes."""
-    if HOW == "asm":
-        ASM: tl.constexpr = mask_asm(BITS)
-        OUT: tl.constexpr = 16 // BITS
-        return tl.inline_asm_elementwise(ASM, "=&r," * OUT + "r", [words], (tl.float16,) * OUT, True, 2)
-    else:
-        PARTS: tl.constexpr = 8 // BITS
-        parts = ()
-        for h in tl.static_range(2 * PARTS):
-            code = (words >> (h // PARTS * 8)) & (((1 << BITS) - 1) << (h % PARTS * BITS))
-            parts += (code.to(tl.int16).to(tl.float16, bitcast=True),)  # type: ignore[assignment]
-        return parts
-
-
-@triton.constexpr_function
-def mask_asm(bits):
-    """PTX of `_unpack` for two words: masks, and a shift for the odd bytes."""
-    parts = 8 // bits
-    masks = [((1 << bits) - 1) * 0x10001 << bits * h for h in range(parts)]
-    even = [f"and.b32 ${h}, ${2 * parts}, {mask:#010x};" for h, mask in enumerate(masks)]
-    odd = [f"and.b32 ${parts + h}, x, {mask:#010x};" for h, mask in enumerate(masks)]
-    return " ".join(["{ .reg .b32 x;", *even, f"shr.u32 x, ${2 * parts}, 8;", *odd, "}"])
-
-
-@triton.jit
-def _beside(parts):
-    """1, 2, 4 or 8 equal tensors side by side along the last dimension."""
-    if len(parts) == 1:
-        return parts[0]
-    elif len(parts) == 2:
-        return _flat(tl.join(parts[0], parts[1]))
-    elif len(parts) == 4:
-        return _beside((_flat(tl.join(parts[0], parts[1])), _flat(tl.join(parts[2], parts[3]))))
-    else:
-        return _beside((_beside(parts[:4]), _beside(parts[4:])))
-
-
-@triton.jit
-def _flat(pair):
-    """``[..., n, 2]`` to ``[..., 2 n]``: the first of all pairs, then the second."""
-    if len(pair.shape) == 2:
-        return pair.permute(1, 0).reshape(2 * pair.shape[0])
-    else:
-        return pair.permute(0, 2, 1).reshape(pair.shape[0], 2 * pair.shape[1])
 
 
 @triton.jit

@@ -15,10 +15,10 @@ class GluonTile:
     """What `gluon.decode_kernel` is compiled for; offsets and sizes in 16-bit words unless said otherwise.
 
     ratio: query heads of a KV head. columns: query heads of a program, padded to 4 or 8 (16 would spill registers;
-    programs of the same KV head find its pages in the L2 cache). product_columns: of a matrix product; with 4 heads each
-    has two, one for what rounding Q * scale takes away. head_blocks: programs that share a KV head. groups: KV heads of
-    the table. stages: pages in flight and in use. least_pages: of a program. exact_tokens: of a program. resident:
-    programs of a multiprocessor at once, each of one warp.
+    programs of the same KV head find its pages in the L2 cache). product_columns: of a matrix product; with 4 heads
+    each has two, one for what rounding Q * scale takes away. head_blocks: programs that share a KV head. groups: KV
+    heads of the table. stages: pages in flight and in use. least_pages: of a program. exact_tokens: of a program.
+    resident: programs of a multiprocessor at once, each of one warp.
     """
 
     head_dim: int
