@@ -27,7 +27,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Against float64 attention: the rounding of Q, K and V to INT8 (and of P in a kernel), as in test_prefill_int8.
 LIMIT, LSE_LIMIT = 0.03, 0.08
 # Kernels against the definition: 8-bit P of the chunk, 16 bits over the prefix.
-BUDGET, LSE_BUDGET = 0.015, 0.03
+# Of the largest of thousands of rows: rounding 128 probabilities to 127 levels moves a peaked row's sum by 1 to 2 % (one
+# standard deviation).
+BUDGET, LSE_BUDGET = 0.015, 0.05
 INT8_CHUNK = AttentionConfig(chunk_bits=8)
 
 
@@ -82,9 +84,12 @@ def assert_near(got: AttentionOutput, want: AttentionOutput, limit: float, lse_l
     assert torch.isfinite(got.out).all()
     assert relative_rms(got.out, want.out) <= limit
     assert (got.out - want.out).abs().max() <= 0.1 * want.out.abs().max()
-    assert (got.lse - want.lse)[seen].abs().max() <= lse_limit
+    error = (got.lse - want.lse)[seen]
+    assert error.abs().max() <= lse_limit
+    assert error.square().mean().sqrt() <= lse_limit / 4
     assert (got.lse[~seen] == -torch.inf).all()
-    assert (got.out[~seen] == 0).all()
+    out = got.out.transpose(0, 1) if got.lse.ndim == 2 else got.out  # packed: [tokens, heads, head_dim]
+    assert (out[~seen] == 0).all()
 
 
 # ---- the definition against float64 ---------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from turboattention.quant.packing import restore_tokens
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Error of the kernel against the definition on the same operands: 8-bit probabilities, rounded for each row and tile.
 BUDGET = 0.015
-LSE_BUDGET = 0.03
+# The largest of thousands of rows: rounding 128 probabilities moves a peaked row's sum by 1 to 2 % (one standard
+# deviation), and the RMS over all rows far less.
+LSE_BUDGET, LSE_RMS = 0.05, 0.008
 
 
 def tensors(
@@ -60,6 +62,7 @@ def assert_agrees(chunk: int8.Int8Chunk, out: Tensor, lse: Tensor, causal: bool,
     assert relative(out, want.out) <= BUDGET
     assert (out - want.out).abs().max() <= 0.1 * want.out.abs().max()
     assert (lse[seen] - want.lse[seen]).abs().max() <= LSE_BUDGET
+    assert (lse[seen] - want.lse[seen]).square().mean().sqrt() <= LSE_RMS
     assert (lse[~seen] == -torch.inf).all()
 
 

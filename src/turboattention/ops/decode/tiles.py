@@ -179,7 +179,9 @@ class PortableTile:
         offset = {name: region.offset for name, region in layout.regions.items()}
         refined = layout.key.refined_channels(layout.head_dim)
         # NVIDIA's matrix unit takes eight rows of work, AMD's 16; more than 32 rows of a chunk would spill registers.
-        rows = min(8 if queries == 1 else 32, power_of_two(ratio * queries))
+        # With head_dim 64 and 32 rows Triton 3.6 compiles both products to wgmma and the result is wrong on an H100.
+        chunk_rows = 32 if layout.head_dim > 64 else 16
+        rows = min(8 if queries == 1 else chunk_rows, power_of_two(ratio * queries))
         rows = max(8 if how == "asm" else 16, rows)
         return cls(
             head_dim=layout.head_dim,
