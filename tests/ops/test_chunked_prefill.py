@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Against float64 attention: the rounding of Q, K and V to INT8 (and of P in a kernel), as in test_prefill_int8.
 LIMIT, LSE_LIMIT = 0.03, 0.08
 # Kernels against the definition: 8-bit P of the chunk, 16 bits over the prefix.
-# Of the largest of thousands of rows: rounding 128 probabilities to 127 levels moves a peaked row's sum by 1 to 2 % (one
+# Of the largest of thousands of rows: rounding 128 probabilities moves a peaked row's sum by 1 to 2 % (one
 # standard deviation).
 BUDGET, LSE_BUDGET = 0.015, 0.05
 INT8_CHUNK = AttentionConfig(chunk_bits=8)
