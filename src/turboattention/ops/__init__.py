@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from turboattention.config import DEFAULT_PRESET, AttentionConfig, get_preset
+from turboattention.cpu.library import instruction_set
 from turboattention.ops.append import supports as append_supports
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.decode import decode_attention, paged_decode
-from turboattention.ops.dispatch import choose, without_triton
+from turboattention.ops.dispatch import choose, without_cpu, without_triton
 from turboattention.ops.prefill import cached_attention, chunked_prefill, prefill_attention
 from turboattention.ops.prefill.int8_prefill import choose_for
 from turboattention.quant.layout import PageLayout
@@ -74,8 +75,10 @@ def implementations(
     layout = PageLayout(cache.page_size, head_dim, cache.key, cache.value)
     config = get_preset(preset).attention
     missing = without_triton(device)
-    no_append = missing or append_supports(layout)
-    append = ("reference", no_append) if no_append else ("triton", "the kernel made for this device")
+    on_cpu = device.type == "cpu"
+    no_append = (without_cpu(device) if on_cpu else missing) or append_supports(layout)
+    kernel = ("cpu", f"C++ kernels, {instruction_set()}") if on_cpu else ("triton", "the kernel made for this device")
+    append = ("reference", no_append) if no_append else kernel
     decode, prefill = (choose((layout,), device, torch.float16, queries=n, config=config) for n in (1, 64))
     chunk: str = "reference" if missing else choose_for(device, head_dim)
     int8_prefill = (chunk, missing or "of a chunk over itself, with a policy of chunk_bits 8")

@@ -8,11 +8,12 @@ from typing import Literal, NamedTuple
 import torch
 
 from turboattention.config import AttentionConfig, TensorFormat
+from turboattention.cpu.library import instruction_set, without_library
 from turboattention.errors import UnsupportedError
 from turboattention.quant.granularity import PerChannel, PerToken
 from turboattention.quant.layout import PageLayout
 
-Implementation = Literal["reference", "triton", "gluon"]
+Implementation = Literal["reference", "triton", "gluon", "cpu"]
 _PLAIN = AttentionConfig()
 OLDEST_NVIDIA = (8, 0)  # Triton 3.3 and later make no matrix instructions for older GPUs
 GLUON_HEAD_DIMS = (64, 128, 256)
@@ -38,8 +39,13 @@ def without_triton(device: torch.device) -> str | None:
     return None
 
 
+def without_cpu(device: torch.device) -> str | None:
+    """None where the C++ kernels run on ``device``, else why not."""
+    return f"tensors on {device.type}, not on the CPU" if device.type != "cpu" else without_library()
+
+
 def without_portable(layout: PageLayout) -> str | None:
-    """None where the portable kernels read pages of ``layout``, else why not."""
+    """None where the portable and the CPU kernels read pages of ``layout``, else why not."""
     for side, fmt, granularity in (("K", layout.key, PerChannel), ("V", layout.value, PerToken)):
         if reason := _unsupported(fmt, granularity):
             return f"{side}: {reason}"
@@ -88,7 +94,8 @@ def choose(
     wanted: insist on one; raises UnsupportedError with the reason where it can't be had. ``triton`` also runs on CPU
     tensors under Triton's interpreter, as the tests do.
     """
-    missing = without_triton(device)
+    on_cpu = wanted == "cpu" or (wanted is None and device.type == "cpu")
+    missing = without_cpu(device) if on_cpu else without_triton(device)
     if wanted == "triton" and device.type == "cpu":
         missing = None
     reason = missing or _not_computed(config, dtype) or next(filter(None, map(without_portable, layouts)), None)
@@ -100,6 +107,8 @@ def choose(
         if wanted is not None:
             raise UnsupportedError(f"implementation {wanted!r}: {reason}")
         return Choice("reference", reason)
+    if on_cpu:
+        return Choice("cpu", "asked for" if wanted else f"C++ kernels, {instruction_set()}")
     no_gluon = _no_gluon(layouts, device, queries)
     if wanted == "gluon" and no_gluon is not None:
         raise UnsupportedError(f"implementation 'gluon': {no_gluon}")

@@ -5,12 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from turboattention.cpu.structs import DTYPES
 from turboattention.errors import UnsupportedError
-from turboattention.ops.append import reference
+from turboattention.ops.append import cpu, reference
 from turboattention.ops.append.page_spec import supports
 from turboattention.ops.append.paged import When, advance, tail_capacity
 from turboattention.ops.append.reference import add_query_power, full_pages, gather_sinks, real_tokens
-from turboattention.ops.dispatch import without_triton
+from turboattention.ops.dispatch import without_cpu, without_triton
 from turboattention.quant.layout import PageLayout
 
 __all__ = [
@@ -35,7 +36,9 @@ def compress_pages(
     tile_scales: tuple[Tensor, Tensor] | None = None,
     query_power: Tensor | None = None,
 ) -> Tensor:
-    """`reference.compress_pages`, by the Triton kernel where one fits: the same bytes."""
+    """`reference.compress_pages`, by the kernel that fits the device, where one does: the same bytes."""
+    if tile_scales is None and without_cpu(key.device) is None and key.dtype in DTYPES and supports(layout) is None:
+        return cpu.compress_pages(layout, key, value, valid, query_power)
     if tile_scales is None and without_triton(key.device) is None and supports(layout) is None:
         from turboattention.ops.append.triton import compress_pages as kernel  # needs Triton
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from turboattention.checks import check_heads
 from turboattention.errors import invalid
 from turboattention.ops.common.paged_kv import PagedKV, sequence
+from turboattention.ops.decode import cpu
 from turboattention.ops.decode.reference import decode_attention
 from turboattention.ops.dispatch import Implementation, choose, code_path, say_slower
 from turboattention.ops.prefill.reference import AttentionOutput
@@ -44,10 +45,14 @@ def paged_decode(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layouts = tuple(group.layout for group in kv.groups)
     chosen, reason = choose(layouts, q.device, q.dtype, wanted=implementation)
+    if implementation is None and chosen == "cpu" and q.requires_grad:
+        chosen, reason = "reference", "the kernels have no gradient"
     if chosen == "reference":
         if q.is_cuda and implementation is None:
             say_slower(reason)
         return reference(q, kv, scale=scale, softcap=softcap, window=window)
+    if chosen == "cpu":
+        return cpu.attend(q, kv, scale=scale, softcap=softcap, window=window)
     from turboattention.ops.decode.launch import KernelView, Request, attend  # needs Triton
 
     request = Request(scale, True, softcap, window)

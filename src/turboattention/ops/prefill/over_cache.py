@@ -8,6 +8,7 @@ from torch import Tensor
 from turboattention.config import AttentionConfig
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.common.paged_kv import PagedKV, sequence
+from turboattention.ops.decode import cpu
 from turboattention.ops.dispatch import Implementation, choose, code_path, say_slower
 from turboattention.ops.prefill.reference import AttentionOutput, prefill_attention
 
@@ -32,7 +33,8 @@ def over_cache(
     """
     layouts = tuple(group.layout for group in kv.groups)
     chosen, reason = choose(layouts, q.device, q.dtype, queries=q.shape[2], config=config, wanted=implementation)
-    if implementation is None and chosen != "reference" and q.requires_grad:
+    differentiable = any(x.requires_grad for x in (q, kv.tail_key, kv.tail_value))
+    if implementation is None and chosen != "reference" and differentiable:
         chosen, reason = "reference", "the kernels have no gradient"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
@@ -46,6 +48,8 @@ def over_cache(
             ],
             0,
         )
+    if chosen == "cpu":
+        return cpu.attend(q, kv, scale=scale, causal=causal, softcap=softcap, window=window)
     from turboattention.ops.decode.launch import QUERY_BLOCK, KernelView, Request, attend  # needs Triton
 
     view = KernelView.of_cached(kv) if isinstance(kv, CachedKV) else KernelView.of_paged(kv)

@@ -1,0 +1,233 @@
+// Products of rows with rows: out[r][n] = x[r] . codes[n], both along memory.
+#pragma once
+#include "vec.hpp"
+
+namespace TA_ISA {
+
+#if defined(__AVX512VNNI__)
+typedef __m512i Sum;
+static inline Sum sum_zero() { return _mm512_setzero_si512(); }
+static inline __m256i narrow(Sum a) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+}
+#elif defined(__AVX2__)
+typedef __m256i Sum;
+static inline Sum sum_zero() { return _mm256_setzero_si256(); }
+static inline __m256i narrow(Sum a) { return a; }
+#endif
+
+#if defined(__AVX2__)
+// Half of a transposition with sums: 32-bit lanes of a and b in turn, or (wide) 64-bit lanes.
+static inline __m256i pair_sums(__m256i a, __m256i b, bool wide = false) {
+    return wide ? _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))
+                : _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+}
+
+// R rows of x with two rows of codes.
+template <int R>
+static inline void dot_tile(const uint8_t *c0, const uint8_t *c1, const int16_t *x, int64_t x_stride, int len,
+                            int32_t *out, int64_t out_stride) {
+    Sum a[R], b[R];
+    for (int r = 0; r < R; r++) a[r] = b[r] = sum_zero();
+    int i = 0;
+#if defined(__AVX512VNNI__)
+    for (; i + 32 <= len; i += 32) {
+        __m512i u = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(c0 + i)));
+        __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(c1 + i)));
+        for (int r = 0; r < R; r++) {
+            __m512i y = _mm512_loadu_si512(x + r * x_stride + i);
+            a[r] = _mm512_dpwssd_epi32(a[r], u, y);
+            b[r] = _mm512_dpwssd_epi32(b[r], v, y);
+        }
+    }
+    if (i < len) { // 16 more: head_dim 80
+        __m512i u = _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i))));
+        __m512i v = _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i))));
+        for (int r = 0; r < R; r++) {
+            __m512i y = _mm512_maskz_loadu_epi16(0xffff, x + r * x_stride + i);
+            a[r] = _mm512_dpwssd_epi32(a[r], u, y);
+            b[r] = _mm512_dpwssd_epi32(b[r], v, y);
+        }
+    }
+#else
+    for (; i < len; i += 16) {
+        __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i)));
+        __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i)));
+        for (int r = 0; r < R; r++) {
+            __m256i y = _mm256_loadu_si256((const __m256i *)(x + r * x_stride + i));
+            a[r] = _mm256_add_epi32(a[r], _mm256_madd_epi16(u, y));
+            b[r] = _mm256_add_epi32(b[r], _mm256_madd_epi16(v, y));
+        }
+    }
+#endif
+    for (int r = 0; r < R; r++) {
+        __m256i h = _mm256_hadd_epi32(narrow(a[r]), narrow(b[r]));
+        h = _mm256_hadd_epi32(h, h);
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+        _mm_storel_epi64((__m128i *)(out + r * out_stride), s);
+    }
+}
+
+// Four rows of x: two of them share an addition at the end.
+template <>
+inline void dot_tile<4>(const uint8_t *c0, const uint8_t *c1, const int16_t *x, int64_t x_stride, int len, int32_t *out,
+                        int64_t out_stride) {
+    Sum a0, a1, a2, a3, b0, b1, b2, b3;
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = sum_zero();
+    const int16_t *x0 = x, *x1 = x + x_stride, *x2 = x + 2 * x_stride, *x3 = x + 3 * x_stride;
+    int i = 0;
+#if defined(__AVX512VNNI__)
+#define TA_STEP(LOAD_C, LOAD_X)                                                                                        \
+    {                                                                                                                  \
+        __m512i u = LOAD_C(c0 + i), v = LOAD_C(c1 + i), y = LOAD_X(x0 + i);                                            \
+        a0 = _mm512_dpwssd_epi32(a0, u, y), b0 = _mm512_dpwssd_epi32(b0, v, y), y = LOAD_X(x1 + i);                    \
+        a1 = _mm512_dpwssd_epi32(a1, u, y), b1 = _mm512_dpwssd_epi32(b1, v, y), y = LOAD_X(x2 + i);                    \
+        a2 = _mm512_dpwssd_epi32(a2, u, y), b2 = _mm512_dpwssd_epi32(b2, v, y), y = LOAD_X(x3 + i);                    \
+        a3 = _mm512_dpwssd_epi32(a3, u, y), b3 = _mm512_dpwssd_epi32(b3, v, y);                                        \
+    }
+#define TA_C32(p) _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(p)))
+#define TA_C16(p) _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(p))))
+#define TA_X16(p) _mm512_maskz_loadu_epi16(0xffff, p)
+    for (; i + 32 <= len; i += 32) TA_STEP(TA_C32, _mm512_loadu_si512)
+    if (i < len) TA_STEP(TA_C16, TA_X16)
+#undef TA_STEP
+#undef TA_C32
+#undef TA_C16
+#undef TA_X16
+#else
+#define TA_MADD(sum, codes, y) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes, y))
+    for (; i < len; i += 16) {
+        __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i)));
+        __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i)));
+        __m256i y = _mm256_loadu_si256((const __m256i *)(x0 + i));
+        TA_MADD(a0, u, y), TA_MADD(b0, v, y), y = _mm256_loadu_si256((const __m256i *)(x1 + i));
+        TA_MADD(a1, u, y), TA_MADD(b1, v, y), y = _mm256_loadu_si256((const __m256i *)(x2 + i));
+        TA_MADD(a2, u, y), TA_MADD(b2, v, y), y = _mm256_loadu_si256((const __m256i *)(x3 + i));
+        TA_MADD(a3, u, y), TA_MADD(b3, v, y);
+    }
+#undef TA_MADD
+#endif
+    const __m256i h = pair_sums(pair_sums(narrow(a0), narrow(b0)), pair_sums(narrow(a1), narrow(b1)), true);
+    const __m256i g = pair_sums(pair_sums(narrow(a2), narrow(b2)), pair_sums(narrow(a3), narrow(b3)), true);
+    const __m128i s = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    const __m128i t = _mm_add_epi32(_mm256_castsi256_si128(g), _mm256_extracti128_si256(g, 1));
+    _mm_storel_epi64((__m128i *)out, s);
+    _mm_storel_epi64((__m128i *)(out + out_stride), _mm_unpackhi_epi64(s, s));
+    _mm_storel_epi64((__m128i *)(out + 2 * out_stride), t);
+    _mm_storel_epi64((__m128i *)(out + 3 * out_stride), _mm_unpackhi_epi64(t, t));
+}
+#else
+template <int R>
+static inline void dot_tile(const uint8_t *c0, const uint8_t *c1, const int16_t *x, int64_t x_stride, int len,
+                            int32_t *out, int64_t out_stride) {
+    for (int r = 0; r < R; r++) {
+        int32_t a = 0, b = 0;
+        const int16_t *y = x + r * x_stride;
+        for (int i = 0; i < len; i++) {
+            a += c0[i] * y[i];
+            b += c1[i] * y[i];
+        }
+        out[r * out_stride] = a;
+        out[r * out_stride + 1] = b;
+    }
+}
+#endif
+
+// Memory that is wanted next: it is fetched while products are computed, some lines with each pair of rows.
+struct Ahead {
+    const uint8_t *next;
+    int64_t bytes;
+};
+
+template <int R>
+static inline void dot_strip(const uint8_t *codes, int64_t stride, int count, const int16_t *x, int64_t x_stride,
+                             int len, int32_t *out, int64_t out_stride, Ahead ahead) {
+    const int64_t share = (ahead.bytes / 32 / (count > 1 ? count : 1) + 1) * 64;
+    for (int n = 0; n < count; n += 2) {
+        for (int64_t i = 0; i < share && i < ahead.bytes; i += 64) __builtin_prefetch(ahead.next + i);
+        ahead.next += share, ahead.bytes -= share;
+        dot_tile<R>(codes + n * stride, codes + (n + 1) * stride, x, x_stride, len, out + n, out_stride);
+    }
+}
+
+// uint8 codes [count][len], int16 x [rows][len]; count is even, len a multiple of 16. The sum of codes times 32768 must
+// stay below 2^31.
+static inline void dot_rows(const uint8_t *codes, int64_t stride, int count, const int16_t *x, int64_t x_stride,
+                            int rows, int len, int32_t *out, int64_t out_stride, Ahead ahead = Ahead{nullptr, 0}) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4, ahead.bytes = 0)
+        dot_strip<4>(codes, stride, count, x + r * x_stride, x_stride, len, out + r * out_stride, out_stride, ahead);
+    x += r * x_stride, out += r * out_stride;
+    if (rows - r == 3) dot_strip<3>(codes, stride, count, x, x_stride, len, out, out_stride, ahead);
+    if (rows - r == 2) dot_strip<2>(codes, stride, count, x, x_stride, len, out, out_stride, ahead);
+    if (rows - r == 1) dot_strip<1>(codes, stride, count, x, x_stride, len, out, out_stride, ahead);
+}
+
+// Scores of exact tokens: out[r][n] = q[r] . k[n] in float32; four rows of q and two of k at once.
+template <int R>
+static inline void dot_floats(const float *k, int64_t k_stride, int count, const float *q, int64_t q_stride, int len,
+                              float *out, int64_t out_stride) {
+    for (int n = 0; n < count; n += 2) {
+        const float *k0 = k + n * k_stride, *k1 = n + 1 < count ? k0 + k_stride : k0;
+        vf a[R], b[R];
+        for (int r = 0; r < R; r++) a[r] = b[r] = vf{};
+        for (int i = 0; i < len; i += W) {
+            vf u = load(k0 + i), v = load(k1 + i);
+            for (int r = 0; r < R; r++) {
+                vf y = load(q + r * q_stride + i);
+                a[r] += u * y;
+                b[r] += v * y;
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            out[r * out_stride + n] = sum_of(a[r]);
+            if (n + 1 < count) out[r * out_stride + n + 1] = sum_of(b[r]);
+        }
+    }
+}
+
+static inline void dot_float_rows(const float *k, int64_t k_stride, int count, const float *q, int64_t q_stride,
+                                  int rows, int len, float *out, int64_t out_stride) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4)
+        dot_floats<4>(k, k_stride, count, q + r * q_stride, q_stride, len, out + r * out_stride, out_stride);
+    for (; r < rows; r++)
+        dot_floats<1>(k, k_stride, count, q + r * q_stride, q_stride, len, out + r * out_stride, out_stride);
+}
+
+// acc[r][d] += sum_t p[r][t] v[t][d]; R rows, 2 vectors of channels at once.
+template <int R>
+static inline void add_floats(const float *p, int64_t p_stride, const float *v, int64_t v_stride, int tokens, int dim,
+                              float *acc, int64_t acc_stride) {
+    for (int d = 0; d < dim; d += 2 * W) {
+        bool two = d + W < dim;
+        vf a[R], b[R];
+        for (int r = 0; r < R; r++) {
+            a[r] = load(acc + r * acc_stride + d);
+            b[r] = two ? load(acc + r * acc_stride + d + W) : vf{};
+        }
+        for (int t = 0; t < tokens; t++) {
+            vf u = load(v + t * v_stride + d), w = two ? load(v + t * v_stride + d + W) : u;
+            for (int r = 0; r < R; r++) {
+                vf x = splat(p[r * p_stride + t]);
+                a[r] += x * u;
+                b[r] += x * w;
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            store(acc + r * acc_stride + d, a[r]);
+            if (two) store(acc + r * acc_stride + d + W, b[r]);
+        }
+    }
+}
+
+static inline void add_float_rows(const float *p, int64_t p_stride, const float *v, int64_t v_stride, int tokens,
+                                  int dim, float *acc, int64_t acc_stride, int rows) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4)
+        add_floats<4>(p + r * p_stride, p_stride, v, v_stride, tokens, dim, acc + r * acc_stride, acc_stride);
+    for (; r < rows; r++)
+        add_floats<1>(p + r * p_stride, p_stride, v, v_stride, tokens, dim, acc + r * acc_stride, acc_stride);
+}
+
+} // namespace TA_ISA

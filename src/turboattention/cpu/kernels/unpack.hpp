@@ -1,0 +1,159 @@
+// Pages to rows of one byte a code, and metadata to floats: see `quant.packing` and `quant.two_level`.
+#pragma once
+#include "vec.hpp"
+
+namespace TA_ISA {
+
+#if defined(__AVX2__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+// Shifts work on pairs of bytes, because processors shift no single ones; the mask takes away what crossed over.
+typedef uint16_t vbytes __attribute__((vector_size(BYTES)));
+typedef uint16_t vhalf __attribute__((vector_size(16)));
+typedef uint16_t vquarter __attribute__((vector_size(8)));
+
+template <class V, int SHIFT, int MASK, int LEFT, bool ADD>
+static inline void spread_step(const uint8_t *bytes, uint8_t *out) {
+    V v = load_as<V>(bytes) >> SHIFT & (uint16_t)(MASK * 0x101);
+    if (LEFT) v = v << LEFT;
+    if (ADD) v = v | load_as<V>(out);
+    memcpy(out, &v, sizeof v);
+}
+
+// out[i] (|)= ((bytes[i] >> SHIFT) & MASK) << LEFT. What is left over after whole vectors is done by a vector that
+// overlaps the last one: doing a byte twice gives the same.
+template <int SHIFT, int MASK, int LEFT = 0, bool ADD = false>
+static inline void spread(const uint8_t *bytes, int count, uint8_t *out) {
+    int i = 0;
+    for (; i + BYTES <= count; i += BYTES) spread_step<vbytes, SHIFT, MASK, LEFT, ADD>(bytes + i, out + i);
+    if (BYTES > 16 && i + 16 <= count) spread_step<vhalf, SHIFT, MASK, LEFT, ADD>(bytes + i, out + i), i += 16;
+    if (i == count) return;
+    if (count >= 16)
+        spread_step<vhalf, SHIFT, MASK, LEFT, ADD>(bytes + count - 16, out + count - 16);
+    else { // 8 to 15
+        spread_step<vquarter, SHIFT, MASK, LEFT, ADD>(bytes, out);
+        spread_step<vquarter, SHIFT, MASK, LEFT, ADD>(bytes + count - 8, out + count - 8);
+    }
+}
+
+template <bool ADD> static inline void unpack_eighths(const uint8_t *b, int n, uint8_t *out) {
+    constexpr int LEFT = ADD ? 2 : 0;
+    const int part = n / 8;
+    spread<0, 1, LEFT, ADD>(b, part, out);
+    spread<1, 1, LEFT, ADD>(b, part, out + part);
+    spread<2, 1, LEFT, ADD>(b, part, out + 2 * part);
+    spread<3, 1, LEFT, ADD>(b, part, out + 3 * part);
+    spread<4, 1, LEFT, ADD>(b, part, out + 4 * part);
+    spread<5, 1, LEFT, ADD>(b, part, out + 5 * part);
+    spread<6, 1, LEFT, ADD>(b, part, out + 6 * part);
+    spread<7, 1, LEFT, ADD>(b, part, out + 7 * part);
+}
+
+static inline void unpack_quarters(const uint8_t *b, int n, uint8_t *out) {
+    const int part = n / 4;
+    spread<0, 3>(b, part, out);
+    spread<2, 3>(b, part, out + part);
+    spread<4, 3>(b, part, out + 2 * part);
+    spread<6, 3>(b, part, out + 3 * part);
+}
+
+static inline void unpack_halves(const uint8_t *b, int n, uint8_t *out) {
+    spread<0, 15>(b, n / 2, out);
+    spread<4, 15>(b, n / 2, out + n / 2);
+}
+
+// n codes of a row (n a multiple of 64 or one of the head_dims) to bytes.
+static inline void unpack_row(int bits, const uint8_t *b, int n, uint8_t *out) {
+    switch (bits) {
+    case 8: memcpy(out, b, n); break;
+    case 4: unpack_halves(b, n, out); break;
+    case 3: unpack_quarters(b, n, out), unpack_eighths<true>(b + n / 4, n, out); break;
+    case 2: unpack_quarters(b, n, out); break;
+    default: unpack_eighths<false>(b, n, out);
+    }
+}
+
+// N: the number of codes of a row where the compiler is to know it; 0: `n`.
+template <int N, int BITS>
+static inline void unpack_all(const uint8_t *b, int rows, int n, uint8_t *out, int64_t stride) {
+    const int count = N ? N : n;
+    for (int r = 0; r < rows; r++) unpack_row(BITS, b + r * (count * BITS / 8), count, out + r * stride);
+}
+
+template <int N> static inline void unpack_as(int bits, const uint8_t *b, int rows, int n, uint8_t *out, int64_t stride) {
+    switch (bits) {
+    case 8: unpack_all<N, 8>(b, rows, n, out, stride); break;
+    case 4: unpack_all<N, 4>(b, rows, n, out, stride); break;
+    case 3: unpack_all<N, 3>(b, rows, n, out, stride); break;
+    default: unpack_all<N, 2>(b, rows, n, out, stride);
+    }
+}
+
+static inline void unpack_rows(int bits, const uint8_t *b, int rows, int n, uint8_t *out, int64_t stride) {
+    if (n == 64) return unpack_as<64>(bits, b, rows, n, out, stride);
+    if (n == 128) return unpack_as<128>(bits, b, rows, n, out, stride);
+    unpack_as<0>(bits, b, rows, n, out, stride);
+}
+
+// W bytes to integers. (GCC moves vectors of 8 bytes through memory, hence the instructions by name.)
+static inline vi widen(const uint8_t *p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    return __builtin_convertvector(load_as<vb>(p), vi);
+#endif
+}
+static inline vi widen(const int8_t *p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    typedef int8_t signed_bytes __attribute__((vector_size(W)));
+    return __builtin_convertvector(load_as<signed_bytes>(p), vi);
+#endif
+}
+
+// Codes (bytes, signed or not) times one number.
+template <class T> static inline void scaled_bytes(const T *codes, int count, float factor, float *out) {
+    for (int i = 0; i < count; i += W) store(out + i, vi_to_vf(widen(codes + i)) * factor);
+}
+
+// Scales and zeros of K, [head_dim] each.
+static inline void key_metadata(const TaPageFormat &f, const uint8_t *page, float *scale, float *zero) {
+    const int dim = f.head_dim;
+    scaled_bytes(page + f.key_scale, dim, float16_at(page, f.key_page_scale) / 255.0f, scale);
+    if (f.key_zero >= 0) {
+        scaled_bytes((const int8_t *)(page + f.key_zero), dim, float16_at(page, f.key_page_zero) / 127.0f, zero);
+        return;
+    }
+    const float middle = -0.5f * (float)((1 << f.key_bits) - 1);
+    for (int i = 0; i < dim; i += W) store(zero + i, load(scale + i) * middle);
+}
+
+// The lower plane of the refined channels, [refined][page_size], not yet divided by 2^refined_bits.
+static inline void refined_plane(const TaPageFormat &f, const uint8_t *page, float *plane) {
+    constexpr int STEP = W > 8 ? 8 : W; // a part of a row may have 8 tokens only
+    typedef int32_t ints __attribute__((vector_size(4 * STEP)));
+    typedef float floats __attribute__((vector_size(4 * STEP)));
+    const int size = f.page_size, bits = f.refined_bits, parts = 8 / bits, part = size / parts;
+    for (int j = 0; j < f.refined; j++)
+        for (int i = 0; i < part; i += STEP) {
+            const uint8_t *bytes = page + f.key_refined_codes + j * part + i;
+#if defined(__AVX2__)
+            ints v = (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
+#else
+            ints v = __builtin_convertvector(load_as<vb>(bytes), ints);
+#endif
+            for (int k = 0; k < parts; k++, v = v >> bits) {
+                floats x = __builtin_convertvector(v & ((1 << bits) - 1), floats);
+                memcpy(plane + j * size + k * part + i, &x, sizeof x);
+            }
+        }
+}
+
+} // namespace TA_ISA
