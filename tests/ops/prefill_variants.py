@@ -28,18 +28,23 @@ def attention(target: str, width: int, *, causal: bool, window: int = 0, packed:
 
 
 def prepass(width: int) -> list[Variant]:
-    sizes = {"HEAD_DIM": width, "WIDTH": width, "PARTS": int8_prepass.PARTS, "PACKED": False}
+    sizes = {"HEAD_DIM": width, "WIDTH": width, "PACKED": False}
+    parts = {"PARTS": int8_prepass.PARTS}
     inputs = [f"{x}_stride_{axis}" for x in "qkv" for axis in "bht"]
-    types = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16"), "parts_ptr": "*fp32"}
+    types = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16"), "mean_ptr": "*fp32"}
     types |= {"q8_ptr": "*i8", "k8_ptr": "*i8", "v8_ptr": "*i8", **SCALES, "factor": "fp32", "scale": "fp32"}
     types |= dict.fromkeys(("longest_q", "longest_k", "padded_q", "padded_k", "heads", "kv_heads", *inputs), "i32")
     constants = {**sizes, "LEVELS": float(LEVELS), "SMALLEST": SMALLEST, "cu_q_ptr": None, "cu_k_ptr": None}
     constants |= dict.fromkeys(("q_stride_d", "k_stride_d", "v_stride_d"), 1)
     means = {"k_ptr": "*fp16", "parts_ptr": "*fp32"}
     means |= dict.fromkeys(("longest", "kv_heads", "stride_b", "stride_h", "stride_t"), "i32")
+    mean = {"parts_ptr": "*fp32", "mean_ptr": "*fp32", "longest": "i32", "kv_heads": "i32"}
     return [
         Variant(f"quantise-{width}", int8_prepass.quantise, types, constants, 8, options={"enable_fp_fusion": False}),
-        Variant(f"sum-{width}", int8_prepass.sum_keys, means, {**sizes, "cu_ptr": None, "stride_d": 1}),
+        Variant(f"sum-{width}", int8_prepass.sum_keys, means, {**sizes, **parts, "cu_ptr": None, "stride_d": 1}, 8),
+        Variant(
+            f"mean-{width}", int8_prepass.mean_keys, mean, {**parts, "WIDTH": width, "PACKED": False, "cu_ptr": None}
+        ),
     ]
 
 

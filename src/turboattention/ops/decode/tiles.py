@@ -60,7 +60,7 @@ class GluonTile:
             groups=groups,
             columns=4 if ratio <= 4 else 8,
             product_columns=8,
-            stages=2,
+            stages=3 if layout.key.bits + layout.value.bits <= 4 else 2,  # small pages
             least_pages=2,
             exact_tokens=64,
             resident=8,

@@ -1,7 +1,7 @@
-"""Kernels that make the INT8 operands of a chunk: the same codes as `int8.quantise_chunk`, in two launches.
+"""Kernels that make the INT8 operands of a chunk: the same codes as `int8.quantise_chunk`, in three launches.
 
-The first adds up K in 32 parts of each sequence; the second quantises a block of 128 tokens of one head of Q, K or V in
-each program and adds the parts up where it needs the mean.
+K is added up in parts of each sequence, the parts to its mean; then every program quantises a block of 128 tokens of
+one head of Q, K or V.
 """
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
@@ -15,7 +15,7 @@ from torch import Tensor
 from turboattention.ops.prefill.int8 import LEVELS, LOG2E, SMALLEST, Int8Chunk, empty_chunk
 from turboattention.ops.prefill.sequences import BLOCK, Sequences
 
-PARTS = 32  # of a sequence when K is added up: enough programs for a whole GPU, few enough to read again for each block
+PARTS = 64  # of a sequence when K is added up: enough programs for a whole GPU
 
 
 @triton.jit
@@ -49,18 +49,44 @@ def sum_keys(
     if not PACKED:
         base += number.to(tl.int64) * stride_b
     total = tl.zeros([WIDTH], tl.float32)
-    for begin in range(part * size, end, 64):
-        tokens = begin + tl.arange(0, 64)
+    for begin in range(part * size, end, 128):
+        tokens = begin + tl.arange(0, 128)
         at = base + (first + tokens).to(tl.int64)[:, None] * stride_t + channels[None, :] * stride_d
         x = tl.load(at, mask=(tokens < end)[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
         total += tl.sum(x.to(tl.float32), 0)
     tl.store(parts_ptr + ((number * kv_heads + head) * PARTS + part) * WIDTH + channels, total)
 
 
+@triton.jit(do_not_specialize=["longest"])
+def mean_keys(
+    parts_ptr, mean_ptr, cu_ptr, longest, kv_heads,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Parts to float32 ``mean [batch, kv_heads, WIDTH]``."""
+    head = tl.program_id(0)
+    number = tl.program_id(1)
+    _, length, _ = locate(cu_ptr, number, longest, PACKED)
+    row = number * kv_heads + head
+    channels = tl.arange(0, WIDTH)
+    at = row * (PARTS * WIDTH) + tl.arange(0, PARTS)[:, None] * WIDTH + channels[None, :]
+    mean = tl.math.div_rn(tl.sum(tl.load(parts_ptr + at), 0), tl.maximum(length, 1).to(tl.float32))
+    tl.store(mean_ptr + row * WIDTH + channels, mean)
+
+
 @triton.jit
-def _mean(parts_ptr, row, length, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    at = row * (PARTS * WIDTH) + tl.arange(0, PARTS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return tl.math.div_rn(tl.sum(tl.load(parts_ptr + at), 0), tl.maximum(length, 1).to(tl.float32))
+def _head(x_ptr, head, number, first, stride_b, stride_h, stride_t, PACKED: tl.constexpr):
+    """The first token of a head of a sequence."""
+    base = x_ptr + head.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t
+    if not PACKED:
+        base += number.to(tl.int64) * stride_b
+    return base
+
+
+@triton.jit
+def _tile(base, tokens, length, channels, real, stride_t, stride_d):
+    """Tokens of a head as float32, 0 where there are none."""
+    at = base + tokens.to(tl.int64)[:, None] * stride_t + channels[None, :] * stride_d
+    return tl.load(at, mask=(tokens < length)[:, None] & real, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -72,12 +98,12 @@ def _codes(x, top, LEVELS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["longest_q", "longest_k"])
 def quantise(
-    q_ptr, k_ptr, v_ptr, parts_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, mean_ptr, cu_q_ptr, cu_k_ptr,
     q8_ptr, q_scale_ptr, k8_ptr, k_scale_ptr, v8_ptr, v_scale_ptr, shift_ptr,
     factor, scale, longest_q, longest_k, padded_q, padded_k, heads, kv_heads,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
     v_stride_b, v_stride_h, v_stride_t, v_stride_d,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
     LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """A block of 128 tokens of one head: of Q (heads first), then of K, then of V. ``factor`` is scale * log2(e).
@@ -88,58 +114,58 @@ def quantise(
     which = tl.program_id(1)
     number = tl.program_id(2)
     channels = tl.arange(0, WIDTH)
-    rows = tl.arange(0, 128)
-    first_k, length_k, start_k = locate(cu_k_ptr, number, longest_k, PACKED)
     real = (channels < HEAD_DIM)[None, :]
+    # Half a block at a time: a whole one takes so many registers that a multiprocessor has room for one program only.
+    rows = tl.arange(0, 64)
+    first_k, length_k, start_k = locate(cu_k_ptr, number, longest_k, PACKED)
     if which < heads:
         first, length, start = locate(cu_q_ptr, number, longest_q, PACKED)
         if block * 128 < length:
-            tokens = block * 128 + rows
-            base = q_ptr + which.to(tl.int64) * q_stride_h
-            if not PACKED:
-                base += number.to(tl.int64) * q_stride_b
-            at = base + (first + tokens).to(tl.int64)[:, None] * q_stride_t + channels[None, :] * q_stride_d
-            x = tl.load(at, mask=(tokens < length)[:, None] & real, other=0.0).to(tl.float32)
-            mean = _mean(parts_ptr, number * kv_heads + which // (heads // kv_heads), length_k, WIDTH, PARTS)
-            to_q = which.to(tl.int64) * padded_q + start + tokens
-            tl.store(shift_ptr + to_q, tl.sum(x * mean[None, :], 1) * scale)
-            x = x * factor
-            top_q = tl.maximum(tl.max(tl.max(tl.abs(x), 1).reshape(2, 64), 1), SMALLEST)
-            codes_q = _codes(x.reshape(2, 64, WIDTH), top_q[:, None, None], LEVELS).reshape(128, WIDTH)
-            tl.store(q8_ptr + to_q[:, None] * WIDTH + channels[None, :], codes_q)
-            to_q = which * (padded_q // 64) + (start // 64 + block * 2) + tl.arange(0, 2)
-            tl.store(q_scale_ptr + to_q, tl.math.div_rn(top_q, tl.zeros_like(top_q) + LEVELS))
+            base = _head(q_ptr, which, number, first, q_stride_b, q_stride_h, q_stride_t, PACKED)
+            mean = tl.load(mean_ptr + (number * kv_heads + which // (heads // kv_heads)) * WIDTH + channels)
+            for half in range(2):
+                tokens = block * 128 + half * 64 + rows
+                x = _tile(base, tokens, length, channels, real, q_stride_t, q_stride_d)
+                to_q = which.to(tl.int64) * padded_q + start + tokens
+                tl.store(shift_ptr + to_q, tl.sum(x * mean[None, :], 1) * scale)
+                x = x * factor
+                top_q = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
+                tl.store(q8_ptr + to_q[:, None] * WIDTH + channels[None, :], _codes(x, top_q, LEVELS))
+                to_scale = q_scale_ptr + which * (padded_q // 64) + start // 64 + block * 2 + half
+                tl.store(to_scale, tl.math.div_rn(top_q, tl.zeros_like(top_q) + LEVELS))
     elif block * 128 < length_k:
         if which < heads + kv_heads:
             head = which - heads
-            tokens = block * 128 + rows
-            base = k_ptr + head.to(tl.int64) * k_stride_h
-            if not PACKED:
-                base += number.to(tl.int64) * k_stride_b
-            at = base + (first_k + tokens).to(tl.int64)[:, None] * k_stride_t + channels[None, :] * k_stride_d
-            seen = (tokens < length_k)[:, None] & real
-            x = tl.load(at, mask=seen, other=0.0).to(tl.float32)
-            mean = _mean(parts_ptr, number * kv_heads + head, length_k, WIDTH, PARTS)
-            x = tl.where(seen, x - mean[None, :], 0.0)
-            top_k = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
-            to_k = head.to(tl.int64) * padded_k + start_k + tokens
-            tl.store(k8_ptr + to_k[:, None] * WIDTH + channels[None, :], _codes(x, top_k, LEVELS))
+            base = _head(k_ptr, head, number, first_k, k_stride_b, k_stride_h, k_stride_t, PACKED)
+            mean = tl.load(mean_ptr + (number * kv_heads + head) * WIDTH + channels)
+            top_k = SMALLEST
+            for half in range(2):
+                tokens = block * 128 + half * 64 + rows
+                x = _tile(base, tokens, length_k, channels, real, k_stride_t, k_stride_d)
+                x = tl.where((tokens < length_k)[:, None] & real, x - mean[None, :], 0.0)
+                top_k = tl.maximum(tl.max(tl.abs(x)), top_k)
+            for half in range(2):
+                tokens = block * 128 + half * 64 + rows
+                x = _tile(base, tokens, length_k, channels, real, k_stride_t, k_stride_d)
+                x = tl.where((tokens < length_k)[:, None] & real, x - mean[None, :], 0.0)
+                to_k = head.to(tl.int64) * padded_k + start_k + tokens
+                tl.store(k8_ptr + to_k[:, None] * WIDTH + channels[None, :], _codes(x, top_k, LEVELS))
             to_scale = k_scale_ptr + head * (padded_k // 128) + start_k // 128 + block
             tl.store(to_scale, tl.math.div_rn(top_k, tl.zeros_like(top_k) + LEVELS))
         else:
             head = which - heads - kv_heads
+            base = _head(v_ptr, head, number, first_k, v_stride_b, v_stride_h, v_stride_t, PACKED)
             # Stored position 16a + 4c + 2b + d holds token 16a + 8b + 2c + d: read in that order, then transpose.
             order = (rows & ~14) + ((rows >> 1) & 1) * 8 + ((rows >> 2) & 3) * 2
-            tokens = block * 128 + order
-            base = v_ptr + head.to(tl.int64) * v_stride_h
-            if not PACKED:
-                base += number.to(tl.int64) * v_stride_b
-            at = base + (first_k + tokens).to(tl.int64)[:, None] * v_stride_t + channels[None, :] * v_stride_d
-            x = tl.load(at, mask=(tokens < length_k)[:, None] & real, other=0.0).to(tl.float32)
-            top_v = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
-            codes_v = tl.trans(_codes(x, top_v, LEVELS))
-            to_v = (head * WIDTH + channels).to(tl.int64)[:, None] * padded_k
-            tl.store(v8_ptr + to_v + (start_k + block * 128 + rows)[None, :], codes_v)
+            top_v = SMALLEST
+            for half in range(2):
+                x = _tile(base, block * 128 + half * 64 + rows, length_k, channels, real, v_stride_t, v_stride_d)
+                top_v = tl.maximum(tl.max(tl.abs(x)), top_v)
+            for half in range(2):
+                x = _tile(base, block * 128 + half * 64 + order, length_k, channels, real, v_stride_t, v_stride_d)
+                to_v = (head * WIDTH + channels).to(tl.int64)[:, None] * padded_k
+                to_v += (start_k + block * 128 + half * 64 + rows)[None, :]
+                tl.store(v8_ptr + to_v, tl.trans(_codes(x, top_v, LEVELS)))
             to_scale = v_scale_ptr + head * (padded_k // 128) + start_k // 128 + block
             tl.store(to_scale, tl.math.div_rn(top_v, tl.zeros_like(top_v) + LEVELS))
 
@@ -152,13 +178,17 @@ def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Seq
     heads, kv_heads, width = chunk.q.shape[0], chunk.k.shape[0], chunk.q.shape[2]
     parts = torch.empty((sequences.batch, kv_heads, PARTS, width), dtype=torch.float32, device=q.device)
     packed = sequences.is_packed
-    sizes = {"HEAD_DIM": chunk.head_dim, "WIDTH": width, "PARTS": PARTS, "PACKED": packed}
+    mean = torch.empty((sequences.batch, kv_heads, width), dtype=torch.float32, device=q.device)
+    sizes = {"HEAD_DIM": chunk.head_dim, "WIDTH": width, "PACKED": packed}
     strides = [(0, x.stride(1), x.stride(0), x.stride(2)) if packed else x.stride() for x in (q, k, v)]
     grid = (PARTS, kv_heads, sequences.batch)
-    sum_keys[grid](k, parts, sequences.cu_k, sequences.max_k, kv_heads, *strides[1], **sizes, num_warps=4)
+    sum_keys[grid](k, parts, sequences.cu_k, sequences.max_k, kv_heads, *strides[1], **sizes, PARTS=PARTS, num_warps=8)
+    mean_keys[(kv_heads, sequences.batch)](
+        parts, mean, sequences.cu_k, sequences.max_k, kv_heads, WIDTH=width, PARTS=PARTS, PACKED=packed, num_warps=4
+    )
     grid = (-(-max(sequences.max_q, sequences.max_k) // BLOCK), heads + 2 * kv_heads, sequences.batch)
     quantise[grid](
-        q, k, v, parts, sequences.cu_q, sequences.cu_k,
+        q, k, v, mean, sequences.cu_q, sequences.cu_k,
         chunk.q, chunk.q_scale, chunk.k, chunk.k_scale, chunk.v, chunk.v_scale, chunk.shift,
         scale * LOG2E, scale, sequences.max_q, sequences.max_k, sequences.padded_q, sequences.padded_k, heads, kv_heads,
         *strides[0], *strides[1], *strides[2], **sizes, LEVELS=float(LEVELS), SMALLEST=SMALLEST,
