@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,48 +50,51 @@ class CpuKernels(BuildHookInterface):  # type: ignore[misc] # hatchling has no t
         build_data["tag"] = f"py3-none-{tag}"
 
 
-def build(sources: Path, target: Path, extra: list[str] | None = None) -> str | None:
+def build(sources: Path, target: Path, extra: Sequence[str] = (), program: Path | None = None) -> str | None:
     """Compile ``sources`` into the shared library ``target``; None, or why that was not possible.
 
-    extra: flags for every file and for the linker, for example those of a sanitizer.
+    extra: flags for every file and for the linker, for example those of a sanitizer. program: a source with ``main``;
+    then ``target`` is a program.
     """
     if sys.platform != "linux":
         return f"made for Linux, this is {sys.platform}"
     compiler = find_compiler()
     if compiler is None:
         return "no C++ compiler found (CXX, c++, g++ or clang++)"
-    flags = [*COMMON, *(extra or [])]
     with tempfile.TemporaryDirectory() as folder:
-        there = {
-            name: chosen
-            for name, chosen in SETS.items()
-            if platform.machine() in ("x86_64", "AMD64") and _compiles(compiler, chosen[1], Path(folder))
-        }
-        macros = [f"-D{macro}=1" for macro, _ in there.values()]
-        commands = []
-        for source in sorted(sources.glob("*.cpp")):
-            family = source.stem.rpartition("_")[2]
-            if family in SETS and family not in there:
-                continue
-            own = [*(there[family][1] if family in there else []), *(EXACT if source.stem.startswith("append") else [])]
-            out = Path(folder) / f"{source.stem}.o"
-            commands.append([*compiler, *flags, *own, *macros, "-c", str(source), "-o", str(out)])
-        if not commands:
-            return f"no sources in {sources}"
+        commands = _commands([*compiler, *COMMON, *extra], sources, program, Path(folder))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             failures = [text for text in pool.map(_run, commands) if text]
-        objects = [command[-1] for command in commands]
+        if failures:
+            return failures[0]
         made = Path(folder) / target.name
-        failures = failures or [
-            _run([*compiler, *flags, "-shared", *objects, "-o", str(made), "-pthread", "-ldl"]) or ""
-        ]
-        if any(failures):
-            return next(filter(None, failures))
+        kind = [] if program else ["-shared"]
+        objects = [command[-1] for command in commands]
+        failure = _run([*compiler, *COMMON, *extra, *kind, *objects, "-o", str(made), "-pthread", "-ldl"])
+        if failure:
+            return failure
         # Renamed into place: a running process keeps the file that it has opened.
         beside = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copyfile(made, beside)
+        shutil.copy(made, beside)
         os.replace(beside, target)
     return None
+
+
+def _commands(compiler: list[str], sources: Path, program: Path | None, folder: Path) -> list[list[str]]:
+    """One command for each file; those of an instruction set that the compiler does not know are left out."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    there = {name: chosen for name, chosen in SETS.items() if x86 and _compiles(compiler, chosen[1], folder)}
+    macros = [f"-D{macro}=1" for macro, _ in there.values()]
+    commands = []
+    for source in [*sorted(sources.glob("*.cpp")), *([program] if program else [])]:
+        family = source.stem.rpartition("_")[2]
+        if family in SETS and family not in there:
+            continue
+        own = [*(there[family][1] if family in there else []), *(EXACT if source.stem.startswith("append") else [])]
+        place = ["-I", str(sources)] if source == program else []
+        out = folder / f"{source.stem}.o"
+        commands.append([*compiler, *own, *macros, *place, "-c", str(source), "-o", str(out)])
+    return commands
 
 
 def find_compiler() -> list[str] | None:

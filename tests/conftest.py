@@ -22,7 +22,7 @@ settings.register_profile("turboattention", derandomize=True, deadline=None)
 settings.load_profile("turboattention")
 
 TESTS = Path(__file__).parent
-NAN_MEMORY = (TESTS / "ops", TESTS / "kvcache")
+NAN_MEMORY = (TESTS / "ops", TESTS / "kvcache", TESTS / "cpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -180,7 +180,6 @@ static int64_t buffer_bytes(const TaAttention &a, int refined) { return Buffers(
 // Rows of `item` over its part of the cache: acc, top and sum, to `part` or, finished, to the output.
 static void attend_item(const TaAttention &a, const Item &item, uint8_t *memory, int refined, float *part) {
     const Buffers b(memory, a, refined);
-    const TaPageFormat &f = *item.format;
     const int dim = a.head_dim;
     Rows rows{item.rows, b.low, b.high, b.q, b.acc, b.top, b.sum, a.softcap};
     // Without a soft cap scores are in log2 units from the start.
@@ -194,6 +193,7 @@ static void attend_item(const TaAttention &a, const Item &item, uint8_t *memory,
     }
     memset(b.acc, 0, 4 * (size_t)item.rows * dim);
     if (item.last_page > item.first_page) {
+        const TaPageFormat &f = *item.format;
         const int size = f.page_size, step = BLOCK_TOKENS / size;
         const int first = max2(item.first_page, low / size), last = min2(item.last_page, (high + size - 1) / size);
         for (int p = first; p < last; p += step) attend_block(f, item, rows, b, p, min2(p + step, last));
