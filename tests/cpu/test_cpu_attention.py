@@ -29,9 +29,6 @@ REASON = library.without_library()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 SETS = range(library.loaded().isa + 1)
 PRESETS = ("int8", "turbo4", "turbo3", "turbo2")
-READ = [
-    name for name, preset in presets().items() if preset.attention.plain and preset.cache.key.metadata == "two_level"
-]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
