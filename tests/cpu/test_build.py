@@ -105,6 +105,7 @@ def test_structs_have_the_sizes_of_the_header(tmp_path: Path):
         "TaTensor": structs.TensorView,
         "TaAttention": structs.Attention,
         "TaCompress": structs.Compress,
+        "TaAppend": structs.Append,
     }
     checks = [f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "size");' for name, kind in pairs.items()]
     for name, kind in pairs.items():

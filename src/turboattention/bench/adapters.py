@@ -10,7 +10,7 @@ from torch import Tensor
 from turboattention.bench.case import Case
 from turboattention.kvcache.paged import PagedCache
 from turboattention.ops import dispatch
-from turboattention.ops.append import advance, paged_append_for
+from turboattention.ops.append import advance, append_implementation, paged_append_for
 from turboattention.ops.common.paged_kv import PagedKV
 from turboattention.ops.prefill.int8_prefill import Implementation, choose
 from turboattention.quant.codec import encode_pages
@@ -23,7 +23,7 @@ def implementation_of(case: Case, device: torch.device) -> str:
         return case.implementation
     layout = PageLayout(case.config.page_size, case.head_dim, case.config.key, case.config.value)
     if case.op == "append":
-        return "reference" if device.type == "cpu" else "triton"
+        return append_implementation([layout], device)
     return dispatch.choose((layout,), device, torch.float16).implementation
 
 

@@ -56,6 +56,9 @@ def decode_baselines(device: torch.device) -> list[DecodeBaseline]:
         return [
             DecodeBaseline("SDPA bfloat16", _sdpa_decode(None, False)),
             DecodeBaseline("SDPA float32", _sdpa_decode(None, False, torch.float32), exact=True),
+            # The query heads of a KV head as rows of one head, which reads K and V once for all of them.
+            DecodeBaseline("SDPA bfloat16, heads as rows", _sdpa_decode(None, True)),
+            DecodeBaseline("SDPA float32, heads as rows", _sdpa_decode(None, True, torch.float32), exact=True),
             DecodeBaseline("SDPA bfloat16, one sequence after the other", _sdpa_in_turn),
         ]
     found = []

@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from turboattention.cpu.structs import ABI_VERSION, Attention, Compress
+from turboattention.cpu.structs import ABI_VERSION, Append, Attention, Compress
 from turboattention.errors import InvalidInputError, UnsupportedError
 
 PATH = Path(__file__).with_name("_kernels.so")
@@ -29,12 +29,13 @@ def loaded() -> Loaded:
     try:
         library = ctypes.CDLL(str(PATH))
         version = int(library.ta_abi_version())
+        library.ta_attend.argtypes = [ctypes.POINTER(Attention)]
+        library.ta_append.argtypes = [ctypes.POINTER(Append)]
+        library.ta_compress.argtypes = [ctypes.POINTER(Compress)]
     except (OSError, AttributeError) as error:
         return Loaded(None, f"the CPU kernels can't be loaded: {error}; install turboattention again")
     if version != ABI_VERSION:
         return Loaded(None, f"the CPU kernels are of another version ({version}); install turboattention again")
-    library.ta_attend.argtypes = [ctypes.POINTER(Attention)]
-    library.ta_compress.argtypes = [ctypes.POINTER(Compress)]
     return Loaded(library, "", int(library.ta_isa()))
 
 

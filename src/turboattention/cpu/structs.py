@@ -93,6 +93,25 @@ class Compress(ctypes.Structure):
     ]
 
 
+class Append(ctypes.Structure):
+    """A step of a paged cache."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("batch", "heads", "tokens", "sinks", "capacity", "window", "before")),
+        ("pages", POINTER(HeadPages)),
+        ("group_of", POINTER(c_int32)),
+        ("lengths", c_void_p),
+        ("page_tokens", c_void_p),
+        ("counts", c_void_p),
+        ("table_pages", c_int64),
+        *((name, TensorView) for name in ("key", "value", "tail_key", "tail_value", "sink_key", "sink_value")),
+        ("power", c_void_p),
+        ("fault", c_void_p),
+        ("threads", c_int32),
+        ("isa", c_int32),
+    ]
+
+
 @lru_cache(maxsize=256)
 def page_format(layout: PageLayout) -> PageFormat:
     """The numbers of ``layout``, two-level with K per channel and V per token."""
@@ -111,6 +130,9 @@ def view_of(x: Tensor) -> TensorView:
     """The view of a tensor whose last dimension is contiguous; it keeps nothing alive."""
     batch, head, token, _ = x.stride()
     return TensorView(x.data_ptr(), batch, head, token, DTYPES[x.dtype])
+
+
+NO_TENSOR = TensorView(None, 0, 0, 0, 0)
 
 
 def readable(x: Tensor) -> Tensor:

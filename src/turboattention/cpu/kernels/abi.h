@@ -64,3 +64,20 @@ typedef struct {
     uint8_t *out;
     int32_t threads, isa;
 } TaCompress;
+
+/* A step of a paged cache: `ops.append.paged.append_paged`, RoPE done. group_of says which heads share a page layout:
+ * the pages of a group are written together or not at all. */
+typedef struct {
+    int32_t batch, heads, tokens, sinks, capacity, window, before;
+    const TaHeadPages *pages;  /* [heads]; their pools are written to */
+    const int32_t *group_of;   /* [heads], from 0 */
+    const int32_t *lengths, *page_tokens;
+    const int32_t *counts;     /* [batch], or NULL: all tokens */
+    int64_t table_pages;       /* entries of a row of a table */
+    TaTensor key, value, tail_key, tail_value, sink_key, sink_value; /* of one dtype; the last four are written to */
+    const float *power; /* float32 [batch, heads, head_dim], or NULL */
+    int32_t *fault;     /* [batch], of TaFault */
+    int32_t threads, isa;
+} TaAppend;
+
+enum TaFault { TA_FAULT_NOT_FINITE = 1, TA_FAULT_BEYOND_FLOAT16 = 2, TA_FAULT_NO_ROOM = 4 };

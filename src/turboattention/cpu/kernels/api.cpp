@@ -42,4 +42,13 @@ TA_EXPORT int ta_compress(const TaCompress *call) {
 #endif
     return ta_compress_plain(call);
 }
+
+/* As ta_attend, of a step of a paged cache; what is wrong with a row is in its fault. */
+TA_EXPORT int ta_append(const TaAppend *call) {
+#if defined(TA_X86)
+    if (TA_HAS_AVX512 && call->isa == TA_AVX512) return ta_append_avx512(call);
+    if (TA_HAS_AVX2 && call->isa == TA_AVX2) return ta_append_avx2(call);
+#endif
+    return ta_append_plain(call);
+}
 }

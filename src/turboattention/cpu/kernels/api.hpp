@@ -20,3 +20,6 @@ int ta_attend_avx512(const TaAttention *call);
 int ta_compress_plain(const TaCompress *call);
 int ta_compress_avx2(const TaCompress *call);
 int ta_compress_avx512(const TaCompress *call);
+int ta_append_plain(const TaAppend *call);
+int ta_append_avx2(const TaAppend *call);
+int ta_append_avx512(const TaAppend *call);

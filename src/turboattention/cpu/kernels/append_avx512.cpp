@@ -1,4 +1,5 @@
 #define TA_ISA avx512
-#include "compress.hpp"
+#include "append.hpp"
 
 int ta_compress_avx512(const TaCompress *call) { return avx512::run_compress(call); }
+int ta_append_avx512(const TaAppend *call) { return avx512::run_append(call); }

@@ -1,4 +1,5 @@
 #define TA_ISA plain
-#include "compress.hpp"
+#include "append.hpp"
 
 int ta_compress_plain(const TaCompress *call) { return plain::run_compress(call); }
+int ta_append_plain(const TaAppend *call) { return plain::run_append(call); }

@@ -132,6 +132,19 @@ static inline bool encode_value(const TaPageFormat &f, float *x, const uint8_t *
     return true;
 }
 
+// Encodes both sides of one page from `read(side, x)`, which fills floats [tokens][dim]; scratch as `compress_bytes`.
+template <class Read>
+static inline bool encode_page(const TaPageFormat &f, Read read, const uint8_t *valid, const float *power, uint8_t *out,
+                               uint8_t *scratch) {
+    float *x = (float *)scratch;
+    uint8_t *codes = scratch + ((int64_t)4 * f.page_size * f.head_dim + 63) / 64 * 64;
+    memset(out, 0, (size_t)f.nbytes);
+    read(0, x);
+    const bool fits = encode_key(f, x, valid, power, out);
+    read(1, x);
+    return encode_value(f, x, valid, out, codes) && fits;
+}
+
 static int64_t compress_bytes(const TaPageFormat &f) {
     return ((int64_t)4 * f.page_size * f.head_dim + 63) / 64 * 64 + (int64_t)f.page_size * f.head_dim;
 }
@@ -141,16 +154,11 @@ static void compress_page(void *context, int i, uint8_t *scratch) {
     const TaCompress &c = *job.call;
     const TaPageFormat &f = *c.format;
     const int page = i % c.pages, h = i / c.pages % c.heads, b = i / c.pages / c.heads;
-    float *x = (float *)scratch;
-    uint8_t *codes = scratch + ((int64_t)4 * f.page_size * f.head_dim + 63) / 64 * 64;
     uint8_t *out = c.out + (int64_t)i * f.nbytes;
     const uint8_t *valid = c.valid ? c.valid + b * c.valid_stride + (int64_t)page * f.page_size : nullptr;
     const float *power = c.power ? c.power + b * c.power_batch + h * c.power_head : nullptr;
-    memset(out, 0, (size_t)f.nbytes);
-    read_page(c.key, f, b, h, page, x);
-    bool fits = encode_key(f, x, valid, power, out);
-    read_page(c.value, f, b, h, page, x);
-    fits = encode_value(f, x, valid, out, codes) && fits;
+    auto read = [&](int side, float *x) { read_page(side ? c.value : c.key, f, b, h, page, x); };
+    const bool fits = encode_page(f, read, valid, power, out, scratch);
     if (!fits) __atomic_store_n(&job.failed, 1, __ATOMIC_RELAXED);
 }
 

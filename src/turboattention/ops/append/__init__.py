@@ -18,6 +18,7 @@ __all__ = [
     "When",
     "add_query_power",
     "advance",
+    "append_implementation",
     "compress_pages",
     "full_pages",
     "gather_sinks",
@@ -46,13 +47,23 @@ def compress_pages(
     return reference.compress_pages(layout, key, value, valid, tile_scales, query_power)
 
 
+def append_implementation(layouts: list[PageLayout], device: torch.device) -> str:
+    """Which of ``cpu``, ``triton`` and ``reference`` `paged_append_for` returns."""
+    if device.type != "cpu":
+        return "triton"
+    return "reference" if without_cpu(device) or any(map(supports, layouts)) else "cpu"
+
+
 def paged_append_for(layouts: list[PageLayout], device: torch.device) -> Callable[..., None]:
-    """The implementation of `paged.append_paged` for a device: the Triton kernel on GPUs, PyTorch on CPUs.
+    """The implementation of `paged.append_paged` for a device: the Triton kernel on GPUs; on CPUs C++, else PyTorch.
 
     Raises UnsupportedError for layouts that the kernel refuses: the definition reads lengths on the host, which would
     make every step on a GPU wait.
     """
-    if device.type == "cpu":
+    chosen = append_implementation(layouts, device)
+    if chosen == "cpu":
+        return cpu.append_paged
+    if chosen == "reference":
         from turboattention.ops.append.paged import append_paged as definition
 
         return definition

@@ -1,4 +1,4 @@
-"""Compression of whole pages by the C++ kernels: the bytes of `reference.compress_pages`."""
+"""Append by the C++ kernels: the bytes of `reference.compress_pages` and `paged.append_paged`."""
 
 import ctypes
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from turboattention.cpu import library, structs
-from turboattention.ops.append import reference
+from turboattention.ops.append import paged, reference
+from turboattention.ops.append.page_spec import supports
+from turboattention.ops.common.paged_kv import PagedKV
 from turboattention.quant.layout import PageLayout
 
 
@@ -39,3 +41,54 @@ def compress_pages(
         # Raises with the name and the number of what does not fit.
         return reference.compress_pages(layout, key, value, valid, None, query_power)
     return out
+
+
+def append_paged(
+    kv: PagedKV,
+    key: Tensor,
+    value: Tensor,
+    *,
+    when: paged.When,
+    fault: Tensor,
+    window: int = 0,
+    counts: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    query_power: Tensor | None = None,
+    isa: int | None = None,
+) -> None:
+    """`paged.append_paged` on the CPU: contract and arguments as there; isa: see `ops.decode.cpu.attend`.
+
+    Formats that the kernels do not write, and float64 tails, go to the definition.
+    """
+    stored = kv.tail_key.dtype
+    if stored not in structs.DTYPES or any(supports(group.layout) for group in kv.groups):
+        paged.append_paged(
+            kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power
+        )
+        return
+    paged.check_step(
+        kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power
+    )
+    key = structs.readable((key if rope is None else paged.rotate_positions(key, *rope)).to(stored))
+    value = structs.readable(value.to(stored))
+    batch, heads, tokens, _ = key.shape
+    pages = (structs.HeadPages * heads)()
+    group_of = (ctypes.c_int32 * heads)()
+    for number, group in enumerate(kv.groups):
+        layout, table = ctypes.pointer(structs.page_format(group.layout)), group.table
+        first, step = table.data_ptr(), table.stride(1) * table.element_size()
+        for i, head in enumerate(group.heads):
+            group_of[head] = number
+            pages[head] = structs.HeadPages(
+                layout, group.pool.data_ptr(), 0, first + i * step, table.stride(0), group.pool.shape[0]
+            )
+    sinks = 0 if kv.sink_key is None else kv.sink_key.shape[2]
+    sink_views = [structs.NO_TENSOR if x is None else structs.view_of(x) for x in (kv.sink_key, kv.sink_value)]
+    arguments = structs.Append(
+        batch, heads, tokens, sinks, kv.tail_key.shape[2], window, int(when == "before"), pages, group_of,
+        kv.lengths.data_ptr(), kv.page_tokens.data_ptr(), None if counts is None else counts.data_ptr(),
+        kv.groups[0].table.shape[-1], structs.view_of(key), structs.view_of(value), structs.view_of(kv.tail_key),
+        structs.view_of(kv.tail_value), *sink_views, None if query_power is None else query_power.data_ptr(),
+        fault.data_ptr(), torch.get_num_threads(), library.loaded().isa if isa is None else isa,
+    )  # fmt: skip
+    library.call("ta_append", arguments)

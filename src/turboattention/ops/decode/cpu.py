@@ -44,8 +44,7 @@ def attend(
         lengths, page_tokens, capacity = _equal(batch, kv.length), _equal(batch, kv.page_tokens), 0
         starts = None if kv.starts is None else kv.starts.contiguous()
     sinks = 0
-    none = structs.TensorView(None, 0, 0, 0, 0)
-    sink_views = [none, none]
+    sink_views = [structs.NO_TENSOR, structs.NO_TENSOR]
     if kv.sink_key is not None and kv.sink_value is not None:
         sinks = kv.sink_key.shape[2]
         exact = structs.readable(kv.sink_key), structs.readable(kv.sink_value)
