@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --device cuda                       # everything, about 15 minutes on one GPU
     python benchmarks/run.py --device cuda --quick --only "decode 4 bits" --only prefill
+    python benchmarks/run.py --device cpu --out benchmarks/results/operators_cpu.csv
     python benchmarks/run.py --only "decode 4 bits" --shape 8x32768 --shape 64x8192 --form turbo4 --peers
 
 Each row holds the time, the fastest 16-bit attention of the same process, and the error. A wrong result has no speed.
@@ -17,7 +18,8 @@ import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import table
+from cases import Entry, table
+from cpu_cases import cpu_table
 from peers import decode_peers, prefill_peers
 from plot import plot
 
@@ -45,9 +47,10 @@ def main(
     place = torch.device(device)
     known = machine(place)
     begin = time.monotonic()
-    if unknown := set(only or ()) - table().keys():
-        raise typer.BadParameter(f"no group {', '.join(sorted(unknown))}; there are: {', '.join(table())}")
-    chosen = [e for name, entries in table(quick).items() if not only or name in only for e in entries]
+    groups: dict[str, list[Entry]] = table(quick) if place.type == "cuda" else cpu_table(quick)
+    if unknown := set(only or ()) - groups.keys():
+        raise typer.BadParameter(f"no group {', '.join(sorted(unknown))}; there are: {', '.join(groups)}")
+    chosen = [e for name, entries in groups.items() if not only or name in only for e in entries]
     chosen = [e for e in chosen if not shape or f"{e.case.batch}x{e.case.tokens}" in shape]
     chosen = [e for e in chosen if not form or e.case.op == "prefill" or e.case.form in form]
     if not chosen:

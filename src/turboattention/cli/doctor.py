@@ -14,6 +14,7 @@ from rich.table import Table
 from turboattention.cli.options import JsonOption, check_outputs, to_json
 from turboattention.cli.requirements import INSTALL
 from turboattention.cli.selftest import self_test
+from turboattention.cpu.library import instruction_set, without_library
 from turboattention.ops import implementations
 from turboattention.report.figures import small
 from turboattention.report.files import write_atomic
@@ -46,6 +47,7 @@ def _environment() -> list[dict[str, str]]:
     rows = [
         ("python", platform.python_version(), "3.11 or later is supported"),
         ("torch", str(torch.__version__), f"{torch.get_num_threads()} threads"),
+        ("CPU kernels", *_cpu_kernels()),
         ("transformers", _version("transformers"), _transformers()),
         ("triton", _version("triton"), _triton()),
         ("vllm", _version("vllm"), "this version has no vLLM backend"),
@@ -53,6 +55,13 @@ def _environment() -> list[dict[str, str]]:
     ]
     rows += [(name, _version(name), _for(name)) for name in ("jinja2", "matplotlib", "gguf", "accelerate")]
     return [{"name": name, "version": version, "note": note} for name, version, note in rows]
+
+
+def _cpu_kernels() -> tuple[str, str]:
+    missing = without_library()
+    if missing:
+        return "not built", missing
+    return "built", f"{instruction_set()}; chosen for this processor"
 
 
 def _version(package: str) -> str:

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from turboattention.functional import attention
 from turboattention.kvcache import LayerCache
-from turboattention.ops import prefill_attention
+from turboattention.ops import CachedKV, cached_attention, prefill_attention
 from turboattention.policy import Policy
 from turboattention.quant.error import max_error, relative_rms
 
@@ -45,16 +45,34 @@ def self_test() -> list[Check]:
             for preset in ("turbo4", "turbo2")
         ),
         *(
+            Check(
+                f"{preset}: chosen implementation against the definition, relative RMS",
+                _kernel_error(preset, q, k, v),
+                1e-3,
+            )
+            for preset in ("turbo4", "turbo2")
+        ),
+        *(
             Check(f"{name} against torch, relative RMS", relative_rms(attention(q, k, v, config=name), exact), limit)
             for name, limit in (("int8", 0.02), ("turbo4", 0.15), ("turbo3", 0.3), ("turbo2", 0.6))
         ),
     ]
 
 
-def _folded_error(preset: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+def _compressed(preset: str, k: torch.Tensor, v: torch.Tensor) -> CachedKV:
     policy = Policy.from_preset(preset)
     cache = LayerCache(policy.cache, policy.head_formats(0, KV_HEADS))
     cache.append(k, v)
     cache.commit()
-    folded, expanded = (prefill_attention(q, cache.view(), form=form).out for form in ("folded", "expanded"))
+    return cache.view()
+
+
+def _folded_error(preset: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    kv = _compressed(preset, k, v)
+    folded, expanded = (prefill_attention(q, kv, form=form).out for form in ("folded", "expanded"))
     return max_error(folded, expanded)
+
+
+def _kernel_error(preset: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    kv = _compressed(preset, k, v)
+    return relative_rms(cached_attention(q, kv).out, prefill_attention(q, kv).out)
