@@ -156,7 +156,7 @@ def make_paged(case: Case, base: Sequence16) -> PagedKV:
 
 
 def encode_base(layout: PageLayout, base: Sequence16, sinks: int) -> Tensor:
-    """The pages of the sequence, ``[kv_heads, pages, layout.nbytes]``; on CPUs by the kernel that has the same bytes."""
+    """The pages of the sequence, ``[kv_heads, pages, layout.nbytes]``; on CPUs by the kernel with the same bytes."""
     if base.key.device.type == "cpu":
         valid = real_tokens(0, base.key.shape[1], None, sinks, base.key.device)
         return compress_pages(layout, base.key[None], base.value[None], valid, None, query_power(base)[None])[0]
