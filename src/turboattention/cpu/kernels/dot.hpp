@@ -23,7 +23,7 @@ static inline __m256i pair_sums(__m256i a, __m256i b, bool wide = false) {
                 : _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
 }
 
-// R rows of x with two rows of codes.
+// R rows of x (1 to 4) with two rows of codes.
 template <int R>
 static inline void dot_tile(const uint8_t *c0, const uint8_t *c1, const int16_t *x, int64_t x_stride, int len,
                             int32_t *out, int64_t out_stride) {
@@ -32,89 +32,41 @@ static inline void dot_tile(const uint8_t *c0, const uint8_t *c1, const int16_t 
     int i = 0;
 #if defined(__AVX512VNNI__)
     for (; i + 32 <= len; i += 32) {
-        __m512i u = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(c0 + i)));
-        __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(c1 + i)));
+        const __m512i u = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(c0 + i)));
+        const __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(c1 + i)));
         for (int r = 0; r < R; r++) {
-            __m512i y = _mm512_loadu_si512(x + r * x_stride + i);
+            const __m512i y = _mm512_loadu_si512(x + r * x_stride + i);
             a[r] = _mm512_dpwssd_epi32(a[r], u, y);
             b[r] = _mm512_dpwssd_epi32(b[r], v, y);
         }
     }
     if (i < len) { // 16 more: head_dim 80
-        __m512i u = _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i))));
-        __m512i v = _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i))));
+        const __m512i u = _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i))));
+        const __m512i v = _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i))));
         for (int r = 0; r < R; r++) {
-            __m512i y = _mm512_maskz_loadu_epi16(0xffff, x + r * x_stride + i);
+            const __m512i y = _mm512_maskz_loadu_epi16(0xffff, x + r * x_stride + i);
             a[r] = _mm512_dpwssd_epi32(a[r], u, y);
             b[r] = _mm512_dpwssd_epi32(b[r], v, y);
         }
     }
 #else
     for (; i < len; i += 16) {
-        __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i)));
-        __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i)));
+        const __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i)));
+        const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i)));
         for (int r = 0; r < R; r++) {
-            __m256i y = _mm256_loadu_si256((const __m256i *)(x + r * x_stride + i));
-            a[r] = _mm256_add_epi32(a[r], _mm256_madd_epi16(u, y));
-            b[r] = _mm256_add_epi32(b[r], _mm256_madd_epi16(v, y));
+            const __m256i y = _mm256_loadu_si256((const __m256i *)(x + r * x_stride + i));
+            a[r] = _mm256_add_epi32(_mm256_madd_epi16(u, y), a[r]);
+            b[r] = _mm256_add_epi32(_mm256_madd_epi16(v, y), b[r]);
         }
     }
 #endif
-    for (int r = 0; r < R; r++) {
-        __m256i h = _mm256_hadd_epi32(narrow(a[r]), narrow(b[r]));
-        h = _mm256_hadd_epi32(h, h);
-        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    for (int r = 0; r < R; r += 2) { // two rows of x share the additions at the end
+        const int next = r + 1 < R ? r + 1 : r;
+        const __m256i h = pair_sums(pair_sums(narrow(a[r]), narrow(b[r])), pair_sums(narrow(a[next]), narrow(b[next])), true);
+        const __m128i s = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
         _mm_storel_epi64((__m128i *)(out + r * out_stride), s);
+        if (next > r) _mm_storel_epi64((__m128i *)(out + next * out_stride), _mm_unpackhi_epi64(s, s));
     }
-}
-
-// Four rows of x: two of them share an addition at the end.
-template <>
-inline void dot_tile<4>(const uint8_t *c0, const uint8_t *c1, const int16_t *x, int64_t x_stride, int len, int32_t *out,
-                        int64_t out_stride) {
-    Sum a0, a1, a2, a3, b0, b1, b2, b3;
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = sum_zero();
-    const int16_t *x0 = x, *x1 = x + x_stride, *x2 = x + 2 * x_stride, *x3 = x + 3 * x_stride;
-    int i = 0;
-#if defined(__AVX512VNNI__)
-#define TA_STEP(LOAD_C, LOAD_X)                                                                                        \
-    {                                                                                                                  \
-        __m512i u = LOAD_C(c0 + i), v = LOAD_C(c1 + i), y = LOAD_X(x0 + i);                                            \
-        a0 = _mm512_dpwssd_epi32(a0, u, y), b0 = _mm512_dpwssd_epi32(b0, v, y), y = LOAD_X(x1 + i);                    \
-        a1 = _mm512_dpwssd_epi32(a1, u, y), b1 = _mm512_dpwssd_epi32(b1, v, y), y = LOAD_X(x2 + i);                    \
-        a2 = _mm512_dpwssd_epi32(a2, u, y), b2 = _mm512_dpwssd_epi32(b2, v, y), y = LOAD_X(x3 + i);                    \
-        a3 = _mm512_dpwssd_epi32(a3, u, y), b3 = _mm512_dpwssd_epi32(b3, v, y);                                        \
-    }
-#define TA_C32(p) _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(p)))
-#define TA_C16(p) _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(p))))
-#define TA_X16(p) _mm512_maskz_loadu_epi16(0xffff, p)
-    for (; i + 32 <= len; i += 32) TA_STEP(TA_C32, _mm512_loadu_si512)
-    if (i < len) TA_STEP(TA_C16, TA_X16)
-#undef TA_STEP
-#undef TA_C32
-#undef TA_C16
-#undef TA_X16
-#else
-#define TA_MADD(sum, codes, y) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes, y))
-    for (; i < len; i += 16) {
-        __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i)));
-        __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i)));
-        __m256i y = _mm256_loadu_si256((const __m256i *)(x0 + i));
-        TA_MADD(a0, u, y), TA_MADD(b0, v, y), y = _mm256_loadu_si256((const __m256i *)(x1 + i));
-        TA_MADD(a1, u, y), TA_MADD(b1, v, y), y = _mm256_loadu_si256((const __m256i *)(x2 + i));
-        TA_MADD(a2, u, y), TA_MADD(b2, v, y), y = _mm256_loadu_si256((const __m256i *)(x3 + i));
-        TA_MADD(a3, u, y), TA_MADD(b3, v, y);
-    }
-#undef TA_MADD
-#endif
-    const __m256i h = pair_sums(pair_sums(narrow(a0), narrow(b0)), pair_sums(narrow(a1), narrow(b1)), true);
-    const __m256i g = pair_sums(pair_sums(narrow(a2), narrow(b2)), pair_sums(narrow(a3), narrow(b3)), true);
-    const __m128i s = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-    const __m128i t = _mm_add_epi32(_mm256_castsi256_si128(g), _mm256_extracti128_si256(g, 1));
-    _mm_storel_epi64((__m128i *)out, s);
-    _mm_storel_epi64((__m128i *)(out + out_stride), _mm_unpackhi_epi64(s, s));
-    _mm_storel_epi64((__m128i *)(out + 2 * out_stride), t);
-    _mm_storel_epi64((__m128i *)(out + 3 * out_stride), _mm_unpackhi_epi64(t, t));
 }
 #else
 template <int R>

@@ -140,6 +140,7 @@ static inline void refined_plane(const TaPageFormat &f, const uint8_t *page, flo
     constexpr int STEP = W > 8 ? 8 : W; // a part of a row may have 8 tokens only
     typedef int32_t ints __attribute__((vector_size(4 * STEP)));
     typedef float floats __attribute__((vector_size(4 * STEP)));
+    typedef uint8_t few __attribute__((vector_size(STEP)));
     const int size = f.page_size, bits = f.refined_bits, parts = 8 / bits, part = size / parts;
     for (int j = 0; j < f.refined; j++)
         for (int i = 0; i < part; i += STEP) {
@@ -147,7 +148,7 @@ static inline void refined_plane(const TaPageFormat &f, const uint8_t *page, flo
 #if defined(__AVX2__)
             ints v = (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
 #else
-            ints v = __builtin_convertvector(load_as<vb>(bytes), ints);
+            ints v = __builtin_convertvector(load_as<few>(bytes), ints);
 #endif
             for (int k = 0; k < parts; k++, v = v >> bits) {
                 floats x = __builtin_convertvector(v & ((1 << bits) - 1), floats);
