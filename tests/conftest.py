@@ -13,6 +13,11 @@ from torch import Tensor
 # Before any test imports transformers: no test may reach a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Tests side by side (pytest-xdist): one thread each, or they and the programs that they start wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 # Without a GPU kernels run in Triton's interpreter, which must be chosen before any of them is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -236,7 +236,8 @@ def test_choices_say_why():
     layout = PageLayout(64, 128, get_preset("turbo4").cache.key, get_preset("turbo4").cache.value)
     assert without_portable(layout) is None
     assert without_gluon(layout) is None
-    assert choose((layout,), torch.device("cpu"), torch.float16).reason.startswith("tensors on cpu")
+    chosen = choose((layout,), torch.device("cpu"), torch.float16)
+    assert chosen.reason.startswith("C++ kernels" if chosen.implementation == "cpu" else "tensors on cpu")
     cpu = torch.device("cpu")
     for other, reason in (("kivi4", "metadata float16"), ("paper4", "metadata flashq"), ("fp16", "stored in 16 bits")):
         cache = get_preset(other).cache
