@@ -11,7 +11,7 @@ from turboattention.cpu.library import instruction_set
 from turboattention.ops.append import supports as append_supports
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.decode import decode_attention, paged_decode
-from turboattention.ops.dispatch import choose, without_cpu, without_triton
+from turboattention.ops.dispatch import PLAIN, choose, without_cpu, without_triton
 from turboattention.ops.prefill import cached_attention, chunked_prefill, prefill_attention
 from turboattention.ops.prefill.int8_prefill import choose_for
 from turboattention.quant.layout import PageLayout
@@ -27,8 +27,6 @@ __all__ = [
     "prefill_attention",
 ]
 
-_PLAIN = AttentionConfig()
-
 
 def attend(
     q: Tensor,
@@ -37,7 +35,7 @@ def attend(
     scale: float | None = None,
     causal: bool = True,
     softcap: float | None = None,
-    config: AttentionConfig = _PLAIN,
+    config: AttentionConfig = PLAIN,
 ) -> Tensor:
     """Attention of the newest ``q.shape[2]`` tokens over the cache; arguments as `cached_attention`.
 

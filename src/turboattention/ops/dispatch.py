@@ -14,7 +14,7 @@ from turboattention.quant.granularity import PerChannel, PerToken
 from turboattention.quant.layout import PageLayout
 
 Implementation = Literal["reference", "triton", "gluon", "cpu"]
-_PLAIN = AttentionConfig()
+PLAIN = AttentionConfig()
 OLDEST_NVIDIA = (8, 0)  # Triton 3.3 and later make no matrix instructions for older GPUs
 GLUON_HEAD_DIMS = (64, 128, 256)
 GLUON_BITS = (8, 4, 2)
@@ -86,7 +86,7 @@ def choose(
     dtype: torch.dtype,
     *,
     queries: int = 1,
-    config: AttentionConfig = _PLAIN,
+    config: AttentionConfig = PLAIN,
     wanted: Implementation | None = None,
 ) -> Choice:
     """The implementation of attention over pages of ``layouts`` for queries of ``dtype``.

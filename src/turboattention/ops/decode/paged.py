@@ -1,14 +1,12 @@
-"""Decode over a paged cache: its definition, and the choice of a kernel."""
+"""Decode over a paged cache."""
 
-import torch
 from torch import Tensor
 
 from turboattention.checks import check_heads
 from turboattention.errors import invalid
-from turboattention.ops.common.paged_kv import PagedKV, sequence
-from turboattention.ops.decode import cpu
-from turboattention.ops.decode.reference import decode_attention
-from turboattention.ops.dispatch import Implementation, choose, code_path, say_slower
+from turboattention.ops.common.paged_kv import PagedKV
+from turboattention.ops.dispatch import Implementation
+from turboattention.ops.prefill.over_cache import over_cache
 from turboattention.ops.prefill.reference import AttentionOutput
 
 
@@ -27,7 +25,8 @@ def paged_decode(
     q: float16, bfloat16 or float32 ``[batch, heads, 1, head_dim]``, heads a multiple of the KV heads. scale:
     ``head_dim ** -0.5`` when None. softcap: ``cap * tanh(score / cap)``. window: only that many last tokens, the newest
     included, are seen; pages before them are not read.
-    implementation: None chooses (see `dispatch`); the kernels read lengths on the device alone, so that a CUDA graph
+    implementation: None chooses (see `dispatch`); ``reference`` puts the pages and the tail of each sequence in order
+    and computes the definition over them. The kernels read lengths on the device alone, so that a CUDA graph
     may be replayed with others (call it once before the capture: the first call copies the heads' numbers to the GPU).
     programs: how many share the pages, None: by the GPU's size. The result is the same bit for bit for the same
     lengths and the same number of programs.
@@ -42,31 +41,6 @@ def paged_decode(
         raise invalid("window", "1 or more tokens", window)
     if softcap is not None and not softcap > 0:
         raise invalid("softcap", "a positive number", softcap)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    layouts = tuple(group.layout for group in kv.groups)
-    chosen, reason = choose(layouts, q.device, q.dtype, wanted=implementation)
-    if implementation is None and chosen == "cpu" and q.requires_grad:
-        chosen, reason = "reference", "the kernels have no gradient"
-    if chosen == "reference":
-        if q.is_cuda and implementation is None:
-            say_slower(reason)
-        return reference(q, kv, scale=scale, softcap=softcap, window=window)
-    if chosen == "cpu":
-        return cpu.attend(q, kv, scale=scale, softcap=softcap, window=window)
-    from turboattention.ops.decode.launch import KernelView, Request, attend  # needs Triton
-
-    request = Request(scale, True, softcap, window)
-    view = KernelView.of_paged(kv)
-    how = code_path(q.device)
-    return AttentionOutput(*attend(q, view, request, gluon=chosen == "gluon", how=how, blocks=programs))
-
-
-def reference(
-    q: Tensor, kv: PagedKV, *, scale: float, softcap: float | None = None, window: int | None = None
-) -> AttentionOutput:
-    """The definition: the pages and the tail of each sequence put in order, then decode over them."""
-    parts = [
-        decode_attention(q[i : i + 1], sequence(kv, i), scale=scale, softcap=softcap, window=window)
-        for i in range(q.shape[0])
-    ]
-    return AttentionOutput(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+    return over_cache(
+        q, kv, scale=scale, softcap=softcap, window=window, implementation=implementation, programs=programs
+    )

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from turboattention.config import AttentionConfig
 from turboattention.ops.common.cached_kv import CachedKV
-from turboattention.ops.dispatch import Implementation
+from turboattention.ops.dispatch import PLAIN, Implementation
 from turboattention.ops.prefill.chunked import chunked_prefill
-from turboattention.ops.prefill.over_cache import PLAIN, over_cache
+from turboattention.ops.prefill.over_cache import over_cache
 from turboattention.ops.prefill.reference import AttentionOutput, check_queries
 
 

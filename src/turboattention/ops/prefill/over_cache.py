@@ -8,11 +8,8 @@ from torch import Tensor
 from turboattention.config import AttentionConfig
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.common.paged_kv import PagedKV, sequence
-from turboattention.ops.decode import cpu
-from turboattention.ops.dispatch import Implementation, choose, code_path, say_slower
+from turboattention.ops.dispatch import PLAIN, Implementation, choose, code_path, say_slower
 from turboattention.ops.prefill.reference import AttentionOutput, prefill_attention
-
-PLAIN = AttentionConfig()
 
 
 def over_cache(
@@ -25,11 +22,12 @@ def over_cache(
     window: int | None = None,
     config: AttentionConfig = PLAIN,
     implementation: Implementation | None = None,
+    programs: int | None = None,
 ) -> AttentionOutput:
     """`prefill_attention` by a kernel where one fits, else by the definition; the caller has checked the shapes.
 
     q: ``[batch, heads, queries, head_dim]``; a sequence of ``kv`` may be empty when not causal. The other arguments as
-    `prefill_attention` and `cached_attention`.
+    `prefill_attention` and `cached_attention`; programs: see `paged_decode`.
     """
     layouts = tuple(group.layout for group in kv.groups)
     chosen, reason = choose(layouts, q.device, q.dtype, queries=q.shape[2], config=config, wanted=implementation)
@@ -49,6 +47,8 @@ def over_cache(
             0,
         )
     if chosen == "cpu":
+        from turboattention.ops.decode import cpu  # here, because its package imports this module
+
         return cpu.attend(q, kv, scale=scale, causal=causal, softcap=softcap, window=window)
     from turboattention.ops.decode.launch import QUERY_BLOCK, KernelView, Request, attend  # needs Triton
 
@@ -59,7 +59,7 @@ def over_cache(
     for part in [q] if window is None or causal else q.split(QUERY_BLOCK, 2):
         left -= part.shape[2]
         of_part = request if window is None or causal else replace(request, window=window + left)
-        out, lse = attend(part, view, of_part, gluon=chosen == "gluon", how=code_path(q.device))
+        out, lse = attend(part, view, of_part, gluon=chosen == "gluon", how=code_path(q.device), blocks=programs)
         parts.append(AttentionOutput(out, lse))
     return _joined(parts, 2)
 
