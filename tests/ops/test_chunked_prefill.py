@@ -202,6 +202,15 @@ def test_window_of_several_launches(monkeypatch: pytest.MonkeyPatch):
     assert_near(got, run(q, view, window=100, implementation="reference"), BUDGET, LSE_BUDGET)
 
 
+def test_a_dense_chunk_with_its_sequences_named():
+    q, view = view_and_queries(64, 20, kv_heads=1, ratio=1)
+    prefix, k, v = view.split(q.shape[2])
+    got = chunked_prefill(q, k, v, prefix, sequences=Sequences.dense(q, k), implementation="triton")
+    want = run(q, view, implementation="triton")
+    assert torch.equal(got.out, want.out)
+    assert torch.equal(got.lse, want.lse)
+
+
 def test_left_padding_of_kernels():
     q, view = view_and_queries(70, 15, starts=(0, 30, 69, 75, 85), sinks=4, kv_heads=1, ratio=1)
     want = run(q, view, implementation="reference")

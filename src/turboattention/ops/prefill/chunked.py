@@ -55,7 +55,6 @@ def chunked_prefill(
     implementation that can't be had.
     """
     check_softcap(softcap)
-    packed = sequences is not None
     sequences = sequences or Sequences.dense(q, k)
     sequences.check(q, k, v)
     _check_prefix(q, k, prefix, sequences)
@@ -91,7 +90,7 @@ def chunked_prefill(
         return chunk
     if not prefix.groups and kernels is None:
         say_slower("nothing before the chunk is compressed")
-    x = _dense(q, sequences)[:, :, :rows] if packed else q[:, :, :rows]
+    x = _dense(q, sequences)[:, :, :rows] if sequences.is_packed else q[:, :, :rows]
     # `over_cache` has these queries among the newest tokens of the prefix, `rows` before their place.
     back = None if window is None else window - rows
     before = over_cache(x, prefix, scale=scale, causal=False, window=back, implementation=kernels)
