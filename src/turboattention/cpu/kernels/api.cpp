@@ -1,6 +1,12 @@
 // The functions that Python calls, and the choice of an instruction set.
 #include "api.hpp"
 
+// A call by the function of its instruction set; of those that were not compiled nothing is left to link.
+#define TA_CHOSEN(name, call)                                        \
+    (TA_HAS_AVX512 && (call)->isa == TA_AVX512 ? name##_avx512(call) \
+     : TA_HAS_AVX2 && (call)->isa == TA_AVX2   ? name##_avx2(call)   \
+                                               : name##_plain(call))
+
 namespace {
 
 int best_isa() {
@@ -26,29 +32,11 @@ TA_EXPORT int ta_abi_version(void) { return TA_ABI_VERSION; }
 TA_EXPORT int ta_isa(void) { return best_isa(); }
 
 /* call->isa at most ta_isa(). Returns a TaStatus. */
-TA_EXPORT int ta_attend(const TaAttention *call) {
-#if defined(TA_X86)
-    if (TA_HAS_AVX512 && call->isa == TA_AVX512) return ta_attend_avx512(call);
-    if (TA_HAS_AVX2 && call->isa == TA_AVX2) return ta_attend_avx2(call);
-#endif
-    return ta_attend_plain(call);
-}
+TA_EXPORT int ta_attend(const TaAttention *call) { return TA_CHOSEN(ta_attend, call); }
 
 /* As ta_attend, of the compression of pages. TA_BEYOND_FLOAT16: some page has no finite float16 scale. */
-TA_EXPORT int ta_compress(const TaCompress *call) {
-#if defined(TA_X86)
-    if (TA_HAS_AVX512 && call->isa == TA_AVX512) return ta_compress_avx512(call);
-    if (TA_HAS_AVX2 && call->isa == TA_AVX2) return ta_compress_avx2(call);
-#endif
-    return ta_compress_plain(call);
-}
+TA_EXPORT int ta_compress(const TaCompress *call) { return TA_CHOSEN(ta_compress, call); }
 
 /* As ta_attend, of a step of a paged cache; what is wrong with a row is in its fault. */
-TA_EXPORT int ta_append(const TaAppend *call) {
-#if defined(TA_X86)
-    if (TA_HAS_AVX512 && call->isa == TA_AVX512) return ta_append_avx512(call);
-    if (TA_HAS_AVX2 && call->isa == TA_AVX2) return ta_append_avx2(call);
-#endif
-    return ta_append_plain(call);
-}
+TA_EXPORT int ta_append(const TaAppend *call) { return TA_CHOSEN(ta_append, call); }
 }

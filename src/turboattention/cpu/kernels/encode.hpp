@@ -96,29 +96,23 @@ static inline bool page_maximum(const float *x, int count, uint8_t *page, int of
     return true;
 }
 
-// Scales to bytes and back: on return they are what a reader sees.
-static inline bool round_scales(float *scale, int count, uint8_t *page, int number, int codes) {
+// Scales (1 .. 255) or zeros (-127 .. 127) to bytes and back: on return they are what a reader sees.
+static inline bool round_numbers(float *x, int count, float lowest, float highest, uint8_t *page, int number, int codes) {
     float top;
-    if (!page_maximum(scale, count, page, number, &top)) return false;
+    if (!page_maximum(x, count, page, number, &top)) return false;
     const float divisor = max2(top, SMALLEST_HALF);
     for (int i = 0; i < count; i += W) {
-        const vf code = round_within(load(scale + i) / divisor * 255.0f, 1.0f, 255.0f);
-        for (int k = 0; k < W; k++) page[codes + i + k] = (uint8_t)code[k];
-        store(scale + i, top * (code / 255.0f));
+        const vf code = round_within(load(x + i) / divisor * highest, lowest, highest);
+        for (int k = 0; k < W; k++) page[codes + i + k] = (uint8_t)(int)code[k];
+        store(x + i, top * (code / highest));
     }
     return true;
 }
-
+static inline bool round_scales(float *scale, int count, uint8_t *page, int number, int codes) {
+    return round_numbers(scale, count, 1.0f, 255.0f, page, number, codes);
+}
 static inline bool round_zeros(float *zero, int count, uint8_t *page, int number, int codes) {
-    float top;
-    if (!page_maximum(zero, count, page, number, &top)) return false;
-    const float divisor = max2(top, SMALLEST_HALF);
-    for (int i = 0; i < count; i += W) {
-        const vf code = round_within(load(zero + i) / divisor * 127.0f, -127.0f, 127.0f);
-        for (int k = 0; k < W; k++) page[codes + i + k] = (uint8_t)(int8_t)code[k];
-        store(zero + i, top * (code / 127.0f));
-    }
-    return true;
+    return round_numbers(zero, count, -127.0f, 127.0f, page, number, codes);
 }
 
 // Codes of a row to bytes of a page (`quant.packing.pack`); `codes` are changed for 3 bits.

@@ -8,6 +8,7 @@ from torch import Tensor
 from turboattention.cpu import library, structs
 from turboattention.ops.append import paged, reference
 from turboattention.ops.append.page_spec import supports
+from turboattention.ops.common.cpu_pages import describe_pool
 from turboattention.ops.common.paged_kv import PagedKV
 from turboattention.quant.layout import PageLayout
 
@@ -75,13 +76,9 @@ def append_paged(
     pages = (structs.HeadPages * heads)()
     group_of = (ctypes.c_int32 * heads)()
     for number, group in enumerate(kv.groups):
-        layout, table = ctypes.pointer(structs.page_format(group.layout)), group.table
-        first, step = table.data_ptr(), table.stride(1) * table.element_size()
-        for i, head in enumerate(group.heads):
+        describe_pool(group, pages)
+        for head in group.heads:
             group_of[head] = number
-            pages[head] = structs.HeadPages(
-                layout, group.pool.data_ptr(), 0, first + i * step, table.stride(0), group.pool.shape[0]
-            )
     sinks = 0 if kv.sink_key is None else kv.sink_key.shape[2]
     sink_views = [structs.NO_TENSOR if x is None else structs.view_of(x) for x in (kv.sink_key, kv.sink_value)]
     arguments = structs.Append(

@@ -1,6 +1,7 @@
 """Attention over pages by the C++ kernels: from caches to the arguments of a call."""
 
 import ctypes
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from turboattention.cpu import library, structs
 from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
+from turboattention.ops.common.cpu_pages import describe_pool
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
 from turboattention.ops.prefill.reference import AttentionOutput
 
@@ -65,16 +67,12 @@ def attend(
 
 def _describe(group: HeadGroup | PagedGroup, pages: "ctypes.Array[structs.HeadPages]", alive: list[Tensor]) -> None:
     """Fill in the pages of a group's heads."""
-    layout = ctypes.pointer(structs.page_format(group.layout))
     if isinstance(group, PagedGroup):
-        pool, table = group.pool.contiguous(), group.table.contiguous()
-        alive += [pool, table]
-        first, step = table.data_ptr(), table.stride(1) * table.element_size()
-        for i, head in enumerate(group.heads):
-            pages[head] = structs.HeadPages(
-                layout, pool.data_ptr(), 0, first + i * step, table.stride(0), pool.shape[0]
-            )
+        group = replace(group, pool=group.pool.contiguous(), table=group.table.contiguous())
+        alive += [group.pool, group.table]
+        describe_pool(group, pages)
         return
+    layout = ctypes.pointer(structs.page_format(group.layout))
     held = group.pages.contiguous()
     alive.append(held)
     first, step = held.data_ptr(), held.stride(1)
