@@ -12,9 +12,9 @@ from torch import Tensor
 
 from turboattention.bench.case import Case
 from turboattention.errors import UnsupportedError
-from turboattention.ops.append import compress_pages, real_tokens
+from turboattention.ops.append import compress_pages, real_tokens, reference
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
-from turboattention.quant.codec import encode_pages, expand_pages
+from turboattention.quant.codec import expand_pages
 from turboattention.quant.layout import PageLayout
 
 BASE_TOKENS = 8192
@@ -157,13 +157,9 @@ def make_paged(case: Case, base: Sequence16) -> PagedKV:
 
 def encode_base(layout: PageLayout, base: Sequence16, sinks: int) -> Tensor:
     """The pages of the sequence, ``[kv_heads, pages, layout.nbytes]``; on CPUs by the kernel with the same bytes."""
-    if base.key.device.type == "cpu":
-        valid = real_tokens(0, base.key.shape[1], None, sinks, base.key.device)
-        return compress_pages(layout, base.key[None], base.value[None], valid, None, query_power(base)[None])[0]
-    key, value = (x.unflatten(1, (-1, layout.page_size)) for x in (base.key, base.value))
-    real = real_tokens(0, base.key.shape[1], None, sinks, base.key.device)
-    valid = None if real is None else real.unflatten(-1, (-1, layout.page_size)).expand(*key.shape[:3])
-    return encode_pages(layout, key, value, valid, query_power=query_power(base)[:, None])
+    compress = compress_pages if base.key.device.type == "cpu" else reference.compress_pages
+    valid = real_tokens(0, base.key.shape[1], None, sinks, base.key.device)
+    return compress(layout, base.key[None], base.value[None], valid, None, query_power(base)[None])[0]
 
 
 def _group(layout: PageLayout, pages: Tensor, counts: Sequence[int], order: str) -> PagedGroup:
