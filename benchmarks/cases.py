@@ -66,4 +66,9 @@ def table(quick: bool = False) -> dict[str, list[Entry]]:
         for tokens in ((16384,) if quick else (4096, 16384, 32768))
         for causal in (True, False)
     ]
-    return {name: [Entry(replace(e.case, name=name), e.against) for e in entries] for name, entries in found.items()}
+    return named(found)
+
+
+def named(groups: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """The groups, every case with the name of its own."""
+    return {name: [Entry(replace(e.case, name=name), e.against) for e in entries] for name, entries in groups.items()}

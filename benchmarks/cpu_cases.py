@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from cases import Entry
+from cases import Entry, named
 
 from turboattention.bench.case import Case
 
@@ -28,4 +28,4 @@ def cpu_table(quick: bool = False) -> dict[str, list[Entry]]:
         for form in ("turbo4", "turbo2")
         for against in ("decode step", "16-bit")
     ]
-    return {name: [Entry(replace(e.case, name=name), e.against) for e in entries] for name, entries in found.items()}
+    return named(found)

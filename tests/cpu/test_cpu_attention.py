@@ -1,10 +1,12 @@
 """C++ attention over pages against the definition, on every instruction set that this processor has."""
 
 import math
-from dataclasses import replace
+from functools import partial
 
+import caches
 import pytest
 import torch
+from caches import normal, policy_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +15,6 @@ import turboattention as ta
 from turboattention.config import CacheConfig, TensorFormat
 from turboattention.cpu import library
 from turboattention.errors import InvalidInputError, UnsupportedError
-from turboattention.kvcache import LayerCache
 from turboattention.kvcache.paged import PagedCache
 from turboattention.ops import cached_attention, implementations, paged_decode, prefill_attention
 from turboattention.ops.common.cached_kv import CachedKV
@@ -30,28 +31,7 @@ SETS = range(library.loaded().isa + 1)
 PRESETS = ("int8", "turbo4", "turbo3", "turbo2")
 
 
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def policy_of(preset: str, sinks: int = 1, window: int = 0, overrides: tuple[Override, ...] = ()) -> Policy:
-    policy = Policy.resolve(preset)
-    return replace(policy, cache=replace(policy.cache, sink_tokens=sinks, recent_window=window), overrides=overrides)
-
-
-def filled(
-    policy: Policy, length: int, *, head_dim: int = 64, kv_heads: int = 2, batch: int = 1,
-    starts: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32,
-) -> CachedKV:  # fmt: skip
-    """A cache of random tokens with an outlier channel."""
-    cache = LayerCache(policy.cache, policy.head_formats(0, kv_heads))
-    key, value, q = (normal(batch, kv_heads, length, head_dim, seed=i) for i in range(3))
-    key[..., 3] = 8.0 * key[..., 3] + 8.0
-    cache.append(key.to(dtype), value.to(dtype))
-    cache.set_padding(None if starts is None else torch.tensor(starts))
-    cache.observe(q)
-    cache.commit()
-    return cache.view()
+filled = partial(caches.filled, mean=8.0)
 
 
 def queries(kv: CachedKV, ratio: int, count: int = 1) -> Tensor:

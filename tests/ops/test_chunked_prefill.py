@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from caches import normal
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -31,10 +32,6 @@ LIMIT, LSE_LIMIT = 0.03, 0.08
 # standard deviation).
 BUDGET, LSE_BUDGET = 0.015, 0.05
 INT8_CHUNK = AttentionConfig(chunk_bits=8)
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def policy_of(preset: str, sinks: int | None = None) -> Policy:

@@ -1,10 +1,13 @@
 """Attention kernels over pages against the definition: in Triton's interpreter here, compiled where there is a GPU."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import caches
 import pytest
 import torch
+from caches import normal, policy_of
 from compile_kernels import rows_of
 from torch import Tensor
 
@@ -27,28 +30,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GUARD = 7
 
 
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def policy_of(preset: str, sinks: int = 1, window: int = 0, overrides: tuple[Override, ...] = ()) -> Policy:
-    policy = Policy.resolve(preset)
-    return replace(policy, cache=replace(policy.cache, sink_tokens=sinks, recent_window=window), overrides=overrides)
-
-
-def filled(
-    policy: Policy, length: int, *, head_dim: int = 64, kv_heads: int = 2, batch: int = 1,
-    starts: tuple[int, ...] | None = None, seed: int = 0,
-) -> CachedKV:  # fmt: skip
-    """A cache of random tokens with an outlier channel, on the test's device."""
-    cache = LayerCache(policy.cache, policy.head_formats(0, kv_heads))
-    key, value, q = (normal(batch, kv_heads, length, head_dim, seed=3 * seed + i).to(DEVICE) for i in range(3))
-    key[..., 3] *= 8.0
-    cache.append(key, value)
-    cache.set_padding(None if starts is None else torch.tensor(starts, device=DEVICE))
-    cache.observe(q)
-    cache.commit()
-    return cache.view()
+filled = partial(caches.filled, device=DEVICE)
 
 
 def queries(kv: CachedKV, ratio: int, count: int = 1, dtype: torch.dtype = torch.float16) -> Tensor:
