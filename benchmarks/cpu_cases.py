@@ -28,4 +28,11 @@ def cpu_table(quick: bool = False) -> dict[str, list[Entry]]:
         for form in ("turbo4", "turbo2")
         for against in ("decode step", "16-bit")
     ]
+    found["prefill 32 / 8 heads of 128"] = [
+        Entry(Case("prefill", tokens=4096, causal=causal)) for causal in ((True,) if quick else (True, False))
+    ]
+    small = Case("prefill", query_heads=9, kv_heads=3, head_dim=64)
+    found["prefill 9 / 3 heads of 64"] = [
+        Entry(replace(small, tokens=tokens)) for tokens in ((4096,) if quick else (512, 4096))
+    ]
     return named(found)

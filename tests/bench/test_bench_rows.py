@@ -145,7 +145,7 @@ def test_prefill_row(monkeypatch: pytest.MonkeyPatch, known: dict[str, Any], cau
     check_speeds(own)
     assert own.error_rms < 0.01
     assert own.error_exact < 0.1
-    assert own.quantisation_ms > 0
+    assert own.quantisation_ms is None  # on a CPU it is no call of its own
     assert peer.failure == "UnsupportedError: no peer"
 
 

@@ -106,6 +106,7 @@ def test_structs_have_the_sizes_of_the_header(tmp_path: Path):
         "TaAttention": structs.Attention,
         "TaCompress": structs.Compress,
         "TaAppend": structs.Append,
+        "TaPrefill": structs.Prefill,
     }
     checks = [f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "size");' for name, kind in pairs.items()]
     for name, kind in pairs.items():

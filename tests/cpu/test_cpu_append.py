@@ -10,6 +10,7 @@ from torch import Tensor
 
 from turboattention.config import get_preset
 from turboattention.cpu import library
+from turboattention.errors import InvalidInputError
 from turboattention.kvcache.paged import PagedCache
 from turboattention.ops.append import append_implementation, cpu
 from turboattention.ops.append.paged import append_paged
@@ -102,3 +103,19 @@ def test_chosen_on_this_device():
     kivi = get_preset("kivi4").cache
     cache = PagedCache(kivi, [(kivi.key, kivi.value)], rows=1, max_tokens=64, head_dim=64)
     assert append_implementation([group.layout for group in cache.groups], cpu_device) == "reference"
+
+
+@pytest.mark.parametrize("name", ["pool", "table", "tail_key"])
+def test_memory_that_is_not_contiguous_is_refused(name: str):
+    """The kernel writes there: a copy would take the new pages with it."""
+    cache = caches("turbo4", window=0, sinks=1, dim=64, dtype=torch.float32, isa=0)[1]
+    kv = cache.view()
+    if name == "tail_key":
+        kv = replace(kv, tail_key=kv.tail_key.mT.contiguous().mT)
+    else:
+        group = kv.groups[1]
+        apart = getattr(group, name).mT.contiguous().mT
+        kv = replace(kv, groups=(kv.groups[0], replace(group, **{name: apart})))
+    key = torch.zeros(ROWS, HEADS, 1, 64)
+    with pytest.raises(InvalidInputError, match=f"{name}: expected contiguous"):
+        cpu.append_paged(kv, key, key, when="after", fault=cache.fault, query_power=cache.query_power)

@@ -17,6 +17,7 @@ from turboattention.kvcache import LayerCache
 from turboattention.kvcache.paged import PagedCache
 from turboattention.ops import CachedKV, attend, cached_attention, chunked_prefill
 from turboattention.ops.common.paged_kv import sequence
+from turboattention.ops.dispatch import without_cpu
 from turboattention.ops.prefill import over_cache, reference
 from turboattention.ops.prefill.int8_prefill import int8_prefill
 from turboattention.ops.prefill.reference import AttentionOutput, expand_cache, merge_attention, prefill_attention
@@ -32,6 +33,8 @@ LIMIT, LSE_LIMIT = 0.03, 0.08
 # standard deviation).
 BUDGET, LSE_BUDGET = 0.015, 0.05
 INT8_CHUNK = AttentionConfig(chunk_bits=8)
+NO_CPU = without_cpu(DEVICE)
+CPU = pytest.param("cpu", marks=pytest.mark.skipif(NO_CPU is not None, reason=str(NO_CPU)))
 
 
 def policy_of(preset: str, sinks: int | None = None) -> Policy:
@@ -175,18 +178,20 @@ def test_merge_where_a_part_saw_nothing():
     ("prefix", "tokens", "head_dim", "ratio", "preset"),
     [(64, 20, 64, 3, "turbo4"), (130, 17, 80, 1, "turbo2"), (150, 9, 128, 2, "int8")],
 )
-def test_kernels(prefix: int, tokens: int, head_dim: int, ratio: int, preset: str):
+@pytest.mark.parametrize("implementation", ["triton", CPU])
+def test_kernels(prefix: int, tokens: int, head_dim: int, ratio: int, preset: str, implementation: str):
     q, view = view_and_queries(prefix, tokens, preset=preset, head_dim=head_dim, ratio=ratio, kv_heads=1)
-    got = run(q, view, implementation="triton")
+    got = run(q, view, implementation=implementation)
     assert got.out.dtype == q.dtype
     assert_near(got, run(q, view, implementation="reference"), BUDGET, LSE_BUDGET)
     assert_near(got, exact(q, view), LIMIT, LSE_LIMIT)
 
 
+@pytest.mark.parametrize("implementation", ["triton", CPU])
 @pytest.mark.parametrize("window", [1, 15, 100])
-def test_window_of_kernels(window: int):
+def test_window_of_kernels(window: int, implementation: str):
     q, view = view_and_queries(130, 20, kv_heads=1)
-    got = run(q, view, window=window, implementation="triton")
+    got = run(q, view, window=window, implementation=implementation)
     assert_near(got, run(q, view, window=window, implementation="reference"), BUDGET, LSE_BUDGET)
 
 
@@ -208,20 +213,21 @@ def test_a_dense_chunk_with_its_sequences_named():
     assert torch.equal(got.lse, want.lse)
 
 
-def test_left_padding_of_kernels():
+@pytest.mark.parametrize("implementation", ["triton", CPU])
+def test_left_padding_of_kernels(implementation: str):
     q, view = view_and_queries(70, 15, starts=(0, 30, 69, 75, 85), sinks=4, kv_heads=1, ratio=1)
     want = run(q, view, implementation="reference")
-    assert_near(run(q, view, implementation="triton"), want, BUDGET, LSE_BUDGET)
+    assert_near(run(q, view, implementation=implementation), want, BUDGET, LSE_BUDGET)
 
 
-def test_padding_may_hold_anything():
+@pytest.mark.parametrize("implementation", ["reference", "triton", CPU])
+def test_padding_may_hold_anything(implementation: str):
     q, view = view_and_queries(64, 20, starts=(0, 70), kv_heads=1, ratio=1)
     want = run(q, view, implementation="reference")
     view = replace(view, tail_key=view.tail_key.clone(), tail_value=view.tail_value.clone())
     for x in (q, view.tail_key, view.tail_value):
         x[1, :, :6] = torch.nan
-    for implementation in ("reference", "triton"):
-        assert_near(run(q, view, implementation=implementation), want, BUDGET, LSE_BUDGET)
+    assert_near(run(q, view, implementation=implementation), want, BUDGET, LSE_BUDGET)
 
 
 def test_kernels_never_expand_a_page(monkeypatch: pytest.MonkeyPatch):
@@ -232,7 +238,8 @@ def test_kernels_never_expand_a_page(monkeypatch: pytest.MonkeyPatch):
 
     for name in ("decode_pages", "expand_pages"):
         monkeypatch.setattr(reference, name, refuse)
-    assert torch.isfinite(run(q, view, implementation="triton").out).all()
+    for implementation in ("triton", *(() if NO_CPU else ("cpu",))):
+        assert torch.isfinite(run(q, view, implementation=implementation).out).all()
     with pytest.raises(AssertionError, match="a page was turned back"):
         run(q, view, implementation="reference")
 
@@ -278,7 +285,7 @@ def packed_chunk(head_dim: int = 64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", ["reference", "triton", CPU])
 def test_packed_chunks_over_a_paged_prefix(implementation: str, window: int | None):
     cache, (q, k, v, cu) = paged(PREFIXES), packed_chunk()
     sequences = Sequences.packed(q, k, cu, max_q=max(CHUNKS))
@@ -296,7 +303,7 @@ def test_packed_chunks_over_a_paged_prefix(implementation: str, window: int | No
         assert_near(part, want, LIMIT, LSE_LIMIT)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("implementation", ["reference", "triton", CPU])
 def test_dense_chunk_over_a_paged_prefix(implementation: str):
     cache = paged((0, 130))
     q, k, v = (normal(2, heads, 9, 64, seed=i).to(DEVICE, torch.float16) for i, heads in ((4, 4), (5, 2), (6, 2)))

@@ -53,12 +53,12 @@ def int8_prefill(q: Tensor, k: Tensor, v: Tensor, causal: bool, implementation: 
     return call
 
 
-def int8_prepass(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
-    """A call of the part of `int8_prefill` that quantises."""
-    if q.is_cuda:
-        from turboattention.ops.prefill.int8_prepass import quantise_chunk
-    else:
-        from turboattention.ops.prefill.int8 import quantise_chunk
+def int8_prepass(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object] | None:
+    """A call of the part of `int8_prefill` that quantises; None on a CPU, where it has no call of its own."""
+    if not q.is_cuda:
+        return None
+    from turboattention.ops.prefill.int8_prepass import quantise_chunk
+
     return lambda: quantise_chunk(q, k, v, q.shape[-1] ** -0.5)
 
 

@@ -84,6 +84,10 @@ def prefill_baselines(device: torch.device) -> list[PrefillBaseline]:
         return [
             PrefillBaseline("SDPA bfloat16", _sdpa_prefill(None, repeat=False)),
             PrefillBaseline("SDPA float32", _sdpa_prefill(None, repeat=False, dtype=torch.float32)),
+            PrefillBaseline("SDPA bfloat16, K and V repeated before", _sdpa_prefill(None, repeat=True)),
+            PrefillBaseline(
+                "SDPA float32, K and V repeated before", _sdpa_prefill(None, repeat=True, dtype=torch.float32)
+            ),
         ]
     found = []
     for name, backend in BACKENDS.items():

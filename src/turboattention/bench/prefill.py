@@ -61,8 +61,9 @@ def measure_prefill(
         if error <= INT8_LIMIT:
             calls = [adapters.int8_prefill(*x, case.causal, case.implementation) for x in buffers]
             timing = measure(calls, device, repeats)
-            prepass = measure([adapters.int8_prepass(*x) for x in buffers], device, repeats)
-            rows.append(replace(with_speed(row, best.name, best.timing, timing), quantisation_ms=prepass.ms))
+            prepass = [call for x in buffers if (call := adapters.int8_prepass(*x))]
+            quantising = measure(prepass, device, repeats).ms if prepass else None
+            rows.append(replace(with_speed(row, best.name, best.timing, timing), quantisation_ms=quantising))
         else:
             rows.append(failed(row, f"wrong result: error {error:.2e}, limit {INT8_LIMIT:.2e}"))
     except Exception as error:  # whatever a kernel raises is this row's reason, and other rows still run

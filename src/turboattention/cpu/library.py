@@ -5,12 +5,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from turboattention.cpu.structs import ABI_VERSION, Append, Attention, Compress
+from turboattention.cpu.structs import ABI_VERSION, Append, Attention, Compress, Prefill
 from turboattention.errors import InvalidInputError, UnsupportedError
 
 PATH = Path(__file__).with_name("_kernels.so")
 INSTRUCTION_SETS = ("plain C++", "AVX2", "AVX-512 VNNI")
-NO_MEMORY, BAD_TABLE, BEYOND_FLOAT16 = 1, 2, 3
+NO_MEMORY, BAD_TABLE, BEYOND_FLOAT16, BAD_LENGTHS = 1, 2, 3, 4
 
 
 class Loaded(NamedTuple):
@@ -32,6 +32,7 @@ def loaded() -> Loaded:
         library.ta_attend.argtypes = [ctypes.POINTER(Attention)]
         library.ta_append.argtypes = [ctypes.POINTER(Append)]
         library.ta_compress.argtypes = [ctypes.POINTER(Compress)]
+        library.ta_prefill.argtypes = [ctypes.POINTER(Prefill)]
     except (OSError, AttributeError) as error:
         return Loaded(None, f"the CPU kernels can't be loaded: {error}; install turboattention again")
     if version != ABI_VERSION:
@@ -52,8 +53,8 @@ def instruction_set() -> str:
 def call(name: str, arguments: ctypes.Structure) -> int:
     """Call a function of the library, without Python's lock; raises UnsupportedError where there is no library.
 
-    Returns 0 or, from compression, BEYOND_FLOAT16; raises MemoryError, and InvalidInputError for a
-    page table that points outside of its pool.
+    Returns 0, from compression BEYOND_FLOAT16, from prefill BAD_LENGTHS; raises MemoryError, and InvalidInputError
+    for a page table that points outside of its pool.
     """
     library, reason, _ = loaded()
     if library is None:

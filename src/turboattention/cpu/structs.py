@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turboattention.quant.layout import PageLayout
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ABSENT = -1
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _REGIONS = (
@@ -107,6 +107,24 @@ class Append(ctypes.Structure):
         *((name, TensorView) for name in ("key", "value", "tail_key", "tail_value", "sink_key", "sink_value")),
         ("power", c_void_p),
         ("fault", c_void_p),
+        ("threads", c_int32),
+        ("isa", c_int32),
+    ]
+
+
+class Prefill(ctypes.Structure):
+    """INT8 prefill of a chunk."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("batch", "heads", "kv_heads", "head_dim")),
+        *((name, c_int32) for name in ("tokens_q", "tokens_k", "causal", "window")),
+        ("scale", c_float),
+        ("cu_q", c_void_p),
+        ("cu_k", c_void_p),
+        *((name, TensorView) for name in ("q", "key", "value", "out")),
+        ("lse", c_void_p),
+        ("lse_batch", c_int64),
+        ("lse_head", c_int64),
         ("threads", c_int32),
         ("isa", c_int32),
     ]

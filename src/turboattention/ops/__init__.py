@@ -78,8 +78,9 @@ def implementations(
     kernel = ("cpu", f"C++ kernels, {instruction_set()}") if on_cpu else ("triton", "the kernel made for this device")
     append = ("reference", no_append) if no_append else kernel
     decode, prefill = (choose((layout,), device, torch.float16, queries=n, config=config) for n in (1, 64))
-    chunk: str = "reference" if missing else choose_for(device, head_dim)
-    int8_prefill = (chunk, missing or "of a chunk over itself, with a policy of chunk_bits 8")
+    no_chunk = without_cpu(device) if on_cpu else missing
+    chunk: str = "reference" if no_chunk else choose_for(device, head_dim)
+    int8_prefill = (chunk, no_chunk or "of a chunk over itself, with a policy of chunk_bits 8")
     softmax = ("reference", "the kernels compute the exact softmax")
     return {
         "append": append,

@@ -5,11 +5,11 @@
 #pragma once
 #include <stdint.h>
 
-#define TA_ABI_VERSION 1
+#define TA_ABI_VERSION 2
 
 enum TaDtype { TA_FLOAT32 = 0, TA_FLOAT16 = 1, TA_BFLOAT16 = 2 };
 enum TaIsa { TA_PLAIN = 0, TA_AVX2 = 1, TA_AVX512 = 2 };
-enum TaStatus { TA_OK = 0, TA_NO_MEMORY = 1, TA_BAD_TABLE = 2, TA_BEYOND_FLOAT16 = 3 };
+enum TaStatus { TA_OK = 0, TA_NO_MEMORY = 1, TA_BAD_TABLE = 2, TA_BEYOND_FLOAT16 = 3, TA_BAD_LENGTHS = 4 };
 
 /* Sizes and byte offsets of a page: numbers of `quant.layout.PageLayout`. */
 typedef struct {
@@ -79,5 +79,19 @@ typedef struct {
     int32_t *fault;     /* [batch], of TaFault */
     int32_t threads, isa;
 } TaAppend;
+
+/* INT8 prefill of a chunk over its own K and V: `ops.prefill.int8`. Packed sequences lie one after the other in tensors
+ * of batch stride 0, sequence b from token cu[b] to cu[b + 1]; without cu all have tokens_q and tokens_k. */
+typedef struct {
+    int32_t batch, heads, kv_heads, head_dim;
+    int32_t tokens_q, tokens_k;  /* of a sequence; with cu of the tensors */
+    int32_t causal, window;      /* window 0: none */
+    float scale;
+    const int32_t *cu_q, *cu_k;  /* [batch + 1], or NULL both */
+    TaTensor q, key, value, out;
+    float *lse; /* queries lie side by side */
+    int64_t lse_batch, lse_head;
+    int32_t threads, isa;
+} TaPrefill;
 
 enum TaFault { TA_FAULT_NOT_FINITE = 1, TA_FAULT_BEYOND_FLOAT16 = 2, TA_FAULT_NO_ROOM = 4 };

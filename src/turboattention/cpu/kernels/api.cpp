@@ -37,6 +37,9 @@ TA_EXPORT int ta_attend(const TaAttention *call) { return TA_CHOSEN(ta_attend, c
 /* As ta_attend, of the compression of pages. TA_BEYOND_FLOAT16: some page has no finite float16 scale. */
 TA_EXPORT int ta_compress(const TaCompress *call) { return TA_CHOSEN(ta_compress, call); }
 
+/* As ta_attend, of INT8 prefill. TA_BAD_LENGTHS: sequences that do not lie in the tensors. */
+TA_EXPORT int ta_prefill(const TaPrefill *call) { return TA_CHOSEN(ta_prefill, call); }
+
 /* As ta_attend, of a step of a paged cache; what is wrong with a row is in its fault. */
 TA_EXPORT int ta_append(const TaAppend *call) { return TA_CHOSEN(ta_append, call); }
 }

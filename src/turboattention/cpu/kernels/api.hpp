@@ -23,3 +23,6 @@ int ta_compress_avx512(const TaCompress *call);
 int ta_append_plain(const TaAppend *call);
 int ta_append_avx2(const TaAppend *call);
 int ta_append_avx512(const TaAppend *call);
+int ta_prefill_plain(const TaPrefill *call);
+int ta_prefill_avx2(const TaPrefill *call);
+int ta_prefill_avx512(const TaPrefill *call);

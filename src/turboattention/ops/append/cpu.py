@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from turboattention.cpu import library, structs
+from turboattention.errors import invalid
 from turboattention.ops.append import paged, reference
 from turboattention.ops.append.page_spec import supports
 from turboattention.ops.common.cpu_pages import describe_pool
@@ -59,7 +60,8 @@ def append_paged(
 ) -> None:
     """`paged.append_paged` on the CPU: contract and arguments as there; isa: see `ops.decode.cpu.attend`.
 
-    Formats that the kernels do not write, and float64 tails, go to the definition.
+    Formats that the kernels do not write, and float64 tails, go to the definition. Raises InvalidInputError also for
+    pools and tables that are not contiguous, and tails and sinks whose channels are not.
     """
     stored = kv.tail_key.dtype
     if stored not in structs.DTYPES or any(supports(group.layout) for group in kv.groups):
@@ -70,6 +72,7 @@ def append_paged(
     paged.check_step(
         kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power
     )
+    _check_memory(kv)
     key = structs.readable((key if rope is None else paged.rotate_positions(key, *rope)).to(stored))
     value = structs.readable(value.to(stored))
     batch, heads, tokens, _ = key.shape
@@ -89,3 +92,17 @@ def append_paged(
         fault.data_ptr(), torch.get_num_threads(), library.loaded().isa if isa is None else isa,
     )  # fmt: skip
     library.call("ta_append", arguments)
+
+
+def _check_memory(kv: PagedKV) -> None:
+    """Raise unless the kernel can write in place: what it would fill of a copy, nobody would see."""
+    for group in kv.groups:
+        for name, x in (("pool", group.pool), ("table", group.table)):
+            if not x.is_contiguous():
+                raise invalid(name, f"contiguous {list(x.shape)}", f"strides {x.stride()}")
+    for name, part in (
+        ("tail_key", kv.tail_key), ("tail_value", kv.tail_value), ("sink_key", kv.sink_key),
+        ("sink_value", kv.sink_value),
+    ):  # fmt: skip
+        if part is not None and part.stride(-1) != 1:
+            raise invalid(name, "contiguous channels", f"strides {part.stride()}")

@@ -11,15 +11,15 @@ from torch import Tensor
 from turboattention.errors import UnsupportedError, invalid
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.common.paged_kv import PagedKV
-from turboattention.ops.dispatch import Implementation, say_slower, without_triton
+from turboattention.ops.dispatch import Implementation, say_slower, without_cpu, without_triton
 from turboattention.ops.prefill.chunked_reference import chunked_attention
 from turboattention.ops.prefill.int8 import check_window
 from turboattention.ops.prefill.int8_prefill import check_scale, check_softcap, int8_prefill
 from turboattention.ops.prefill.over_cache import over_cache
-from turboattention.ops.prefill.reference import AttentionOutput
+from turboattention.ops.prefill.reference import AttentionOutput, merge_attention
 from turboattention.ops.prefill.sequences import Sequences
 
-Kernels = Literal["triton"] | None  # None: those that fit
+Kernels = Literal["triton", "cpu"] | None  # None: those that fit
 
 
 def chunked_prefill(
@@ -46,8 +46,8 @@ def chunked_prefill(
     begins with left padding), paged (lengths on the device, 0 for a sequence without prefix), or None.
     scale: factor of the scores, ``head_dim ** -0.5`` when None. window: a query sees at most that many last tokens,
     itself included.
-    implementation: ``reference`` or ``triton`` (any GPU; the interpreter on CPU tensors) for both parts. None chooses
-    for each: on a CPU the definition, on a GPU kernels; where one does not fit, PyTorch, and a warning says why.
+    implementation: ``reference``, ``triton`` (any GPU; the interpreter on CPU tensors) or ``cpu`` (C++) for both parts.
+    None chooses for each: kernels, and where one does not fit, PyTorch; on a GPU a warning says why.
 
     Returns out like q and lse float32 ``[batch, heads, tokens]`` (packed: ``[heads, tokens]``), natural logarithm.
     Padding gives zeros and -inf.
@@ -61,14 +61,15 @@ def chunked_prefill(
     check_window(window, causal=True)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_scale(scale)
-    if implementation not in (None, "reference", "triton"):
-        raise invalid("implementation", "'reference', 'triton' or None for a chunk in INT8", repr(implementation))
+    if implementation not in (None, "reference", "triton", "cpu"):
+        known = "'reference', 'triton', 'cpu' or None for a chunk in INT8"
+        raise invalid("implementation", known, repr(implementation))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise UnsupportedError(
             "chunk_bits 8: rounding to INT8 has no gradient; call under torch.inference_mode() or use chunk_bits 16"
         )
     if implementation is None:
-        missing = without_triton(q.device)
+        missing = without_cpu(q.device) if q.device.type == "cpu" else without_triton(q.device)
         if q.is_cuda and missing:
             say_slower(missing)
         implementation = "reference" if missing else None
@@ -76,7 +77,7 @@ def chunked_prefill(
         exact = chunked_attention(q, k, v, prefix, scale=scale, window=window, sequences=sequences)
         return AttentionOutput(exact.out.to(q.dtype), exact.lse)
 
-    kernels: Kernels = "triton" if implementation == "triton" else None
+    kernels: Kernels = implementation if implementation in ("triton", "cpu") else None
     starts = prefix.starts if isinstance(prefix, CachedKV) else None
     if starts is None:
         chunk = int8_prefill(q, k, v, scale=scale, sequences=sequences, window=window, implementation=kernels)
@@ -88,12 +89,15 @@ def chunked_prefill(
     rows = sequences.max_q if window is None else min(sequences.max_q, window - 1)
     if prefix is None or not rows or (isinstance(prefix, CachedKV) and not prefix.length):
         return chunk
-    if not prefix.groups and kernels is None:
+    if not prefix.groups and kernels is None and q.is_cuda:
         say_slower("nothing before the chunk is compressed")
     x = _dense(q, sequences)[:, :, :rows] if sequences.is_packed else q[:, :, :rows]
     # `over_cache` has these queries among the newest tokens of the prefix, `rows` before their place.
     back = None if window is None else window - rows
     before = over_cache(x, prefix, scale=scale, causal=False, window=back, implementation=kernels)
+    if q.device.type == "cpu" and kernels != "triton":
+        _merge_in_turn(chunk, before, sequences)
+        return chunk
     from turboattention.ops.prefill.merge_triton import merge_into  # needs Triton
 
     merge_into(chunk, before, sequences)
@@ -118,6 +122,18 @@ def _left_padded(
     hidden = (torch.arange(tokens, device=q.device) < padding[:, None])[:, None]
     out = got.out.unflatten(0, (batch, tokens)).transpose(1, 2).masked_fill(hidden[..., None], 0.0)
     return AttentionOutput(out, got.lse.unflatten(1, (batch, tokens)).transpose(0, 1).masked_fill(hidden, -torch.inf))
+
+
+def _merge_in_turn(chunk: AttentionOutput, before: AttentionOutput, sequences: Sequences) -> None:
+    """`merge_triton.merge_into` in PyTorch, one sequence after the other."""
+    for span in sequences.spans_q():
+        rows = min(span.length, before.out.shape[2])
+        out = span.read(chunk.out)[:, :rows]
+        lse = (chunk.lse[:, span.first : span.first + rows] if span.packed else chunk.lse[span.number])[:, :rows]
+        earlier = AttentionOutput(before.out[span.number, :, :rows], before.lse[span.number, :, :rows])
+        merged = merge_attention(earlier, AttentionOutput(out, lse))
+        out.copy_(merged.out)
+        lse.copy_(merged.lse)
 
 
 def _dense(q: Tensor, sequences: Sequences) -> Tensor:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from turboattention.errors import InvalidInputError, MissingDependencyError, UnsupportedError, invalid
+from turboattention.ops.dispatch import without_cpu
 from turboattention.ops.prefill import int8
 from turboattention.ops.prefill.reference import AttentionOutput
 from turboattention.ops.prefill.sequences import Sequences
 
-Implementation = Literal["reference", "triton", "hopper"]
+Implementation = Literal["reference", "triton", "hopper", "cpu"]
 HOPPER_WIDTH = 128
 
 
@@ -33,12 +34,14 @@ def int8_prefill(
     Packed ``[tokens, heads, head_dim]`` with ``sequences=Sequences.packed(...)``.
     scale: factor of the scores, ``head_dim ** -0.5`` when None. window: a query sees at most that many last tokens.
     implementation: ``hopper`` (sm_90, head_dim up to 128, no window), ``triton`` (any GPU; the interpreter on CPU
-    tensors) or ``reference``. None takes the first that fits: on a GPU hopper, then triton; on a CPU the reference.
+    tensors), ``cpu`` (C++ kernels) or ``reference``. None takes the first that fits: on a GPU hopper, then triton; on a
+    CPU cpu where it was built.
 
     Returns out, like q in shape, dtype and strides, and lse float32 ``[batch, heads, queries]`` (packed: ``[heads,
     tokens]``), natural logarithm of the sum over the true scores, for merging with other parts of the same rows. Rows
     that see nothing give zeros and -inf. Magnitudes of scores in log2 units must stay below 2^60.
-    Raises InvalidInputError for what does not fit, UnsupportedError for softcap, MissingDependencyError without Triton.
+    Raises InvalidInputError for what does not fit, UnsupportedError for softcap and for ``cpu`` where the kernels can't
+    run, MissingDependencyError without Triton.
     """
     check_softcap(softcap)
     sequences = sequences or Sequences.dense(q, k)
@@ -52,6 +55,10 @@ def int8_prefill(
         exact = int8.int8_attention(chunk, causal=causal, window=window, dtype=torch.float32)
         return AttentionOutput(exact.out.to(q.dtype), exact.lse)
     _check_implementation(implementation, q, window)
+    if implementation == "cpu":
+        from turboattention.ops.prefill import int8_cpu
+
+        return int8_cpu.attention(q, k, v, sequences, scale=scale, causal=causal, window=window)
     try:
         from turboattention.ops.prefill import int8_prepass, int8_triton
     except ImportError as error:
@@ -93,7 +100,7 @@ def choose(q: Tensor, window: int | None) -> Implementation:
 def choose_for(device: torch.device, head_dim: int, window: int | None = None) -> Implementation:
     """As `choose`, without the tensor."""
     if device.type != "cuda":
-        return "reference"
+        return "reference" if without_cpu(device) else "cpu"
     return "triton" if _why_not_hopper(device, head_dim, window) else "hopper"
 
 
@@ -109,8 +116,10 @@ def _why_not_hopper(device: torch.device, head_dim: int, window: int | None) -> 
 
 
 def _check_implementation(implementation: str, q: Tensor, window: int | None) -> None:
-    if implementation not in ("triton", "hopper"):
-        raise invalid("implementation", "'reference', 'triton', 'hopper' or None", repr(implementation))
+    if implementation not in ("triton", "hopper", "cpu"):
+        raise invalid("implementation", "'reference', 'triton', 'hopper', 'cpu' or None", repr(implementation))
+    if implementation == "cpu" and (missing := without_cpu(q.device)):
+        raise UnsupportedError(f"implementation 'cpu': {missing}")
     error = _why_not_hopper(q.device, q.shape[-1], window) if implementation == "hopper" else None
     if error is not None:
         raise error

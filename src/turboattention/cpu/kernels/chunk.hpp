@@ -1,0 +1,117 @@
+// INT8 prefill of a batch (`ops.prefill.int8`): means of K, K and V as tiles of panels, then 64 queries of a head at once.
+#pragma once
+#include <stdlib.h>
+
+#include "chunk_item.hpp"
+#include "threads.hpp"
+
+namespace TA_ISA {
+
+struct Chunk {
+    const TaPrefill *call;
+    const Sequence *sequences;
+    const int32_t *of_tile, *of_block; // pairs: sequence, tile or block of queries
+    float *means;                      // [batch][kv_heads][head_dim]
+    uint8_t *tiles;
+
+    float *mean(int b, int h) const { return means + ((int64_t)b * call->kv_heads + h) * call->head_dim; }
+    uint8_t *tile(int b, int h, int t) const {
+        const Sequence &s = sequences[b];
+        return tiles + (s.first_tile + (int64_t)h * s.tiles + t) * Tile::bytes(call->head_dim);
+    }
+};
+
+static void mean_of_keys(void *context, int i, uint8_t *scratch) {
+    const Chunk &c = *(const Chunk *)context;
+    const TaPrefill &a = *c.call;
+    const int b = i / a.kv_heads, h = i % a.kv_heads, dim = a.head_dim;
+    const Sequence &s = c.sequences[b];
+    float *mean = c.mean(b, h), *row = (float *)scratch;
+    memset(mean, 0, 4 * (size_t)dim);
+    for (int t = 0; t < s.tokens; t++) {
+        read_row(a.key, b * a.key.batch + h * a.key.head + (s.first_k + t) * a.key.token, dim, 1.0f, row);
+        for (int d = 0; d < dim; d += W) store(mean + d, load(mean + d) + load(row + d));
+    }
+    for (int d = 0; d < dim; d += W) store(mean + d, load(mean + d) / (float)max2(s.tokens, 1));
+}
+
+static void pack_tile(void *context, int i, uint8_t *scratch) {
+    const Chunk &c = *(const Chunk *)context;
+    const TaPrefill &a = *c.call;
+    const int b = c.of_tile[2 * (i / a.kv_heads)], t = c.of_tile[2 * (i / a.kv_heads) + 1], h = i % a.kv_heads;
+    const int dim = a.head_dim, first = t * TILE;
+    const Sequence &s = c.sequences[b];
+    const int count = min2(TILE, s.tokens - first);
+    float *x = ChunkRows(scratch, dim).x;
+    const float *mean = c.mean(b, h);
+    const Tile tile(c.tile(b, h, t), dim);
+    for (int side = 0; side < 2; side++) {
+        const TaTensor &from = side ? a.value : a.key;
+        for (int r = 0; r < count; r++) {
+            float *row = x + r * dim;
+            read_row(from, b * from.batch + h * from.head + (s.first_k + first + r) * from.token, dim, 1.0f, row);
+            for (int d = 0; !side && d < dim; d += W) store(row + d, load(row + d) - load(mean + d));
+        }
+        memset(x + count * dim, 0, 4 * (size_t)(TILE - count) * dim);
+        if (side) pack_values(x, dim, tile);
+        else pack_keys(x, dim, tile);
+    }
+}
+
+static void attend_block_of_queries(void *context, int i, uint8_t *scratch) {
+    const Chunk &c = *(const Chunk *)context;
+    const TaPrefill &a = *c.call;
+    const int b = c.of_block[2 * (i / a.heads)], block = c.of_block[2 * (i / a.heads) + 1], h = i % a.heads;
+    const int kv = h / (a.heads / a.kv_heads);
+    attend_chunk(a, c.sequences[b], b, h, block, c.tile(b, kv, 0), c.mean(b, kv), scratch);
+}
+
+// Lengths of sequence b, or false where they do not lie in the tensors.
+static inline bool read_sequence(const TaPrefill &a, int b, Sequence *s) {
+    *s = Sequence{0, 0, 0, a.tokens_q, a.tokens_k, 0};
+    if (a.cu_q) {
+        s->first_q = a.cu_q[b], s->first_k = a.cu_k[b];
+        s->queries = a.cu_q[b + 1] - a.cu_q[b], s->tokens = a.cu_k[b + 1] - a.cu_k[b];
+    }
+    s->tiles = (s->tokens + TILE - 1) / TILE;
+    return s->first_q >= 0 && s->first_k >= 0 && s->queries >= 0 && s->tokens >= 0 &&
+           s->first_q + s->queries <= a.tokens_q && s->first_k + s->tokens <= a.tokens_k;
+}
+
+static int run_prefill(const TaPrefill *call) {
+    const TaPrefill &a = *call;
+    int64_t tiles = 0, blocks = 0;
+    for (int b = 0; b < a.batch; b++) {
+        Sequence s;
+        if (!read_sequence(a, b, &s)) return TA_BAD_LENGTHS;
+        tiles += s.tiles, blocks += (s.queries + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    }
+    auto aligned = [](int64_t bytes) { return (bytes + 63) & ~(int64_t)63; };
+    const int64_t table = aligned(a.batch * (int64_t)sizeof(Sequence)), numbers = aligned(8 * (tiles + blocks));
+    const int64_t means = aligned(4 * (int64_t)a.batch * a.kv_heads * a.head_dim);
+    const int64_t packed = tiles * a.kv_heads * aligned(Tile::bytes(a.head_dim));
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 64, (size_t)(table + numbers + means + packed + 64)) != 0) return TA_NO_MEMORY;
+    Sequence *sequences = (Sequence *)memory;
+    int32_t *of_tile = (int32_t *)((uint8_t *)memory + table), *of_block = of_tile + 2 * tiles;
+    Chunk chunk{call, sequences, of_tile, of_block, (float *)((uint8_t *)memory + table + numbers), nullptr};
+    chunk.tiles = (uint8_t *)chunk.means + means;
+    int64_t tile = 0, block = 0;
+    for (int b = 0; b < a.batch; b++) {
+        Sequence &s = sequences[b];
+        read_sequence(a, b, &s);
+        s.first_tile = tile * a.kv_heads;
+        for (int t = 0; t < s.tiles; t++, tile++) of_tile[2 * tile] = b, of_tile[2 * tile + 1] = t;
+        // The last queries see most: they go first, so that no thread begins the longest work at the end.
+        for (int n = (s.queries + CHUNK_ROWS - 1) / CHUNK_ROWS - 1; n >= 0; n--, block++)
+            of_block[2 * block] = b, of_block[2 * block + 1] = n;
+    }
+    const int64_t scratch = ChunkRows(nullptr, a.head_dim).used;
+    const bool done = ta_parallel(a.threads, a.batch * a.kv_heads, scratch, mean_of_keys, &chunk) &&
+                      ta_parallel(a.threads, (int)(tiles * a.kv_heads), scratch, pack_tile, &chunk) &&
+                      ta_parallel(a.threads, (int)(blocks * a.heads), scratch, attend_block_of_queries, &chunk);
+    free(memory);
+    return done ? TA_OK : TA_NO_MEMORY;
+}
+
+} // namespace TA_ISA

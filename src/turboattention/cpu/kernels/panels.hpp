@@ -1,0 +1,109 @@
+// Products of bytes with panels: out[r][c] = sum_i a[r][i] b[i][c], a in rows, b in panels of 16 columns.
+//
+// A panel holds its columns side by side, 4 bytes of each in turn: what one multiplication with sums takes. The sums of
+// 16 columns then stand in one (or two, or four) vectors, and nothing is added across a vector.
+#pragma once
+#include "vec.hpp"
+
+namespace TA_ISA {
+
+constexpr int PANEL = 16;             // columns
+constexpr int PANEL_STEP = 4 * PANEL; // bytes of 4 bytes of each column
+
+#if defined(__AVX512VNNI__)
+typedef __m512i Lanes;
+constexpr bool PAIRS = false; // signed times signed: bytes, one side moved by 128
+constexpr int ROWS = 4, PANELS = 4;
+static inline Lanes lanes_at(const void *p) { return _mm512_loadu_si512(p); }
+static inline void put_lanes(int32_t *p, Lanes x) { _mm512_storeu_si512(p, x); }
+static inline Lanes spread4(const uint8_t *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+}
+static inline Lanes add_bytes(Lanes sum, Lanes a, Lanes b) { return _mm512_dpbusd_epi32(sum, a, b); }
+static inline Lanes add_signed(Lanes sum, Lanes a, Lanes b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#elif defined(__AVX2__)
+typedef __m256i Lanes;
+constexpr bool PAIRS = true; // signed times signed: pairs of int16, because pairs of bytes overflow 16 bits
+constexpr int ROWS = 4, PANELS = 1;
+static inline Lanes lanes_at(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline void put_lanes(int32_t *p, Lanes x) { _mm256_storeu_si256((__m256i *)p, x); }
+static inline Lanes spread4(const uint8_t *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return _mm256_set1_epi32(x);
+}
+// At most 127 times 127, twice: that fits 16 bits.
+static inline Lanes add_bytes(Lanes sum, Lanes a, Lanes b) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
+static inline Lanes add_signed(Lanes sum, Lanes a, Lanes b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+#else
+typedef int32_t Lanes __attribute__((vector_size(16)));
+constexpr bool PAIRS = true;
+constexpr int ROWS = 2, PANELS = 1;
+static inline Lanes lanes_at(const void *p) { return load_as<Lanes>((const uint8_t *)p); }
+static inline void put_lanes(int32_t *p, Lanes x) { memcpy(p, &x, sizeof x); }
+static inline Lanes spread4(const uint8_t *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return x - Lanes{};
+}
+static inline Lanes add_bytes(Lanes sum, Lanes a, Lanes b) {
+    sum += (a & 255) * (b << 24 >> 24);
+    sum += (a >> 8 & 255) * (b << 16 >> 24);
+    sum += (a >> 16 & 255) * (b << 8 >> 24);
+    return sum + (a >> 24) * (b >> 24); // a is at most 127
+}
+static inline Lanes add_signed(Lanes sum, Lanes a, Lanes b) {
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
+#endif
+
+constexpr int PARTS = PANEL_STEP / (int)sizeof(Lanes); // vectors of a panel
+constexpr int SIGNED_BYTES = PAIRS ? 2 : 1;            // of one number of a product of signed ones
+
+// Sums of R rows and N panels, from `first` (what the sums begin with, for each column, or NULL) to `take(r, column,
+// lanes)`, column counted from the first panel.
+template <int R, int N, bool SIGNED, class Take>
+static inline void panel_tile(const uint8_t *a, int64_t a_stride, const uint8_t *b, int64_t b_stride, int steps,
+                              const int32_t *first, Take take) {
+    constexpr int C = N * PARTS, COLUMNS = (int)sizeof(Lanes) / 4;
+    Lanes sum[R][C];
+    for (int c = 0; c < C; c++) {
+        const Lanes begin = first ? lanes_at(first + c * COLUMNS) : Lanes{};
+        for (int r = 0; r < R; r++) sum[r][c] = begin;
+    }
+    for (int i = 0; i < steps; i++) {
+        Lanes column[C];
+        for (int c = 0; c < C; c++)
+            column[c] = lanes_at(b + c / PARTS * b_stride + i * PANEL_STEP + c % PARTS * (int)sizeof(Lanes));
+        for (int r = 0; r < R; r++) {
+            const Lanes x = spread4(a + r * a_stride + 4 * i);
+            for (int c = 0; c < C; c++)
+                sum[r][c] = SIGNED ? add_signed(sum[r][c], x, column[c]) : add_bytes(sum[r][c], x, column[c]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) take(r, c * COLUMNS, sum[r][c]);
+}
+
+// All of `rows` (a multiple of 4) and `panels`; `take(row, column, lanes)` gets each vector of sums once.
+template <bool SIGNED, class Take>
+static inline void panel_products(const uint8_t *a, int64_t a_stride, int rows, const uint8_t *b, int64_t b_stride,
+                                  int panels, int steps, const int32_t *first, Take take) {
+    int p = 0;
+    for (; p + PANELS <= panels; p += PANELS)
+        for (int r = 0; r < rows; r += ROWS)
+            panel_tile<ROWS, PANELS, SIGNED>(a + r * a_stride, a_stride, b + p * b_stride, b_stride, steps,
+                                             first ? first + p * PANEL : nullptr,
+                                             [&](int i, int c, Lanes x) { take(r + i, p * PANEL + c, x); });
+    for (; p < panels; p++)
+        for (int r = 0; r < rows; r += ROWS)
+            panel_tile<ROWS, 1, SIGNED>(a + r * a_stride, a_stride, b + p * b_stride, b_stride, steps,
+                                        first ? first + p * PANEL : nullptr,
+                                        [&](int i, int c, Lanes x) { take(r + i, p * PANEL + c, x); });
+}
+
+} // namespace TA_ISA
