@@ -113,9 +113,9 @@ def test_memory_that_is_not_contiguous_is_refused(name: str):
     if name == "tail_key":
         kv = replace(kv, tail_key=kv.tail_key.mT.contiguous().mT)
     else:
-        group = kv.groups[1]
+        group = kv.groups[0]
         apart = getattr(group, name).mT.contiguous().mT
-        kv = replace(kv, groups=(kv.groups[0], replace(group, **{name: apart})))
+        kv = replace(kv, groups=(replace(group, **{name: apart}), kv.groups[1]))
     key = torch.zeros(ROWS, HEADS, 1, 64)
     with pytest.raises(InvalidInputError, match=f"{name}: expected contiguous"):
         cpu.append_paged(kv, key, key, when="after", fault=cache.fault, query_power=cache.query_power)

@@ -16,6 +16,7 @@ MOST_BUFFERS = 64
 CALLS = 16
 GRAPH_MS = 50.0
 GPU_REPEATS, CPU_REPEATS = 21, 7
+CPU_MS, MOST_CPU_REPEATS = 100.0, 200  # short calls are repeated for so long, but no more often
 CLOCK_SAMPLE_MS = 30.0
 
 
@@ -40,7 +41,7 @@ def measure(calls: Sequence[Callable[[], object]], device: torch.device, repeats
     """Time of one of ``calls``, which do the same on different buffers and allocate nothing that a graph can't."""
     if device.type == "cuda":
         return _measure_graph(calls, repeats or GPU_REPEATS)
-    return _measure_clock(calls, repeats or CPU_REPEATS)
+    return _measure_clock(calls, repeats)
 
 
 def summary(samples: Sequence[float], sm_clock_mhz: int | None = None) -> Timing:
@@ -53,9 +54,14 @@ def summary(samples: Sequence[float], sm_clock_mhz: int | None = None) -> Timing
     return Timing(at(0.5), at(0.1), at(0.9), sm_clock_mhz)
 
 
-def _measure_clock(calls: Sequence[Callable[[], object]], repeats: int) -> Timing:
+def _measure_clock(calls: Sequence[Callable[[], object]], repeats: int | None) -> Timing:
     calls[0]()
-    samples = []
+    samples: list[float] = []
+    if repeats is None:
+        begin = time.perf_counter()
+        calls[0]()
+        one_ms = 1e3 * (time.perf_counter() - begin)
+        repeats = min(MOST_CPU_REPEATS, max(CPU_REPEATS, math.ceil(CPU_MS / max(one_ms, 1e-3))))
     for call in islice(cycle(calls), repeats):
         begin = time.perf_counter()
         call()

@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from turboattention.cpu.structs import ABI_VERSION, Append, Attention, Compress, Prefill
+from turboattention.cpu.structs import ABI_VERSION
 from turboattention.errors import InvalidInputError, UnsupportedError
 
 PATH = Path(__file__).with_name("_kernels.so")
@@ -29,10 +29,8 @@ def loaded() -> Loaded:
     try:
         library = ctypes.CDLL(str(PATH))
         version = int(library.ta_abi_version())
-        library.ta_attend.argtypes = [ctypes.POINTER(Attention)]
-        library.ta_append.argtypes = [ctypes.POINTER(Append)]
-        library.ta_compress.argtypes = [ctypes.POINTER(Compress)]
-        library.ta_prefill.argtypes = [ctypes.POINTER(Prefill)]
+        for name in ("ta_attend", "ta_append", "ta_compress", "ta_prefill"):
+            getattr(library, name).argtypes = [ctypes.c_char_p]  # the bytes of a struct
     except (OSError, AttributeError) as error:
         return Loaded(None, f"the CPU kernels can't be loaded: {error}; install turboattention again")
     if version != ABI_VERSION:
@@ -50,8 +48,10 @@ def instruction_set() -> str:
     return INSTRUCTION_SETS[loaded().isa]
 
 
-def call(name: str, arguments: ctypes.Structure) -> int:
+def call(name: str, arguments: bytes) -> int:
     """Call a function of the library, without Python's lock; raises UnsupportedError where there is no library.
+
+    arguments: of `structs.pack`.
 
     Returns 0, from compression BEYOND_FLOAT16, from prefill BAD_LENGTHS; raises MemoryError, and InvalidInputError
     for a page table that points outside of its pool.
@@ -59,7 +59,7 @@ def call(name: str, arguments: ctypes.Structure) -> int:
     library, reason, _ = loaded()
     if library is None:
         raise UnsupportedError(f"implementation 'cpu': {reason}")
-    status = int(getattr(library, name)(ctypes.byref(arguments)))
+    status = int(getattr(library, name)(arguments))
     if status == NO_MEMORY:
         raise MemoryError(f"CPU kernels: no memory for {name}")
     if status == BAD_TABLE:

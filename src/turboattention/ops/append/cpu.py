@@ -1,6 +1,6 @@
 """Append by the C++ kernels: the bytes of `reference.compress_pages` and `paged.append_paged`."""
 
-import ctypes
+from array import array
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from turboattention.cpu import library, structs
 from turboattention.errors import invalid
 from turboattention.ops.append import paged, reference
 from turboattention.ops.append.page_spec import supports
-from turboattention.ops.common.cpu_pages import describe_pool
+from turboattention.ops.common.cpu_pages import describe_pages
 from turboattention.ops.common.paged_kv import PagedKV
 from turboattention.quant.layout import PageLayout
 
@@ -30,13 +30,14 @@ def compress_pages(
     batch, heads, tokens, dim = key.shape
     pages = tokens // layout.page_size
     out = torch.empty(batch, heads, pages, layout.nbytes, dtype=torch.uint8)
-    key, value = structs.readable(key), structs.readable(value)
+    alive: list[Tensor] = []  # until the call has returned
+    views = (*structs.view_of(key, alive), *structs.view_of(value, alive))
     mask = None if valid is None else valid.contiguous()
     power = None if query_power is None else query_power.float().expand(batch, heads, dim).contiguous()
-    arguments = structs.Compress(
-        batch, heads, pages, ctypes.pointer(structs.page_format(layout)), structs.view_of(key),
-        structs.view_of(value), None if mask is None else mask.data_ptr(),
-        0 if mask is None or mask.shape[0] == 1 else mask.stride(0), None if power is None else power.data_ptr(),
+    arguments = structs.pack(
+        structs.Compress, batch, heads, pages, structs.format_address(layout), *views,
+        0 if mask is None else mask.data_ptr(),
+        0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if power is None else power.data_ptr(),
         heads * dim, dim, out.data_ptr(), torch.get_num_threads(), library.loaded().isa if isa is None else isa,
     )  # fmt: skip
     if library.call("ta_compress", arguments) == library.BEYOND_FLOAT16:
@@ -73,23 +74,27 @@ def append_paged(
         kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power
     )
     _check_memory(kv)
-    key = structs.readable((key if rope is None else paged.rotate_positions(key, *rope)).to(stored))
-    value = structs.readable(value.to(stored))
+    key = (key if rope is None else paged.rotate_positions(key, *rope)).to(stored)
     batch, heads, tokens, _ = key.shape
-    pages = (structs.HeadPages * heads)()
-    group_of = (ctypes.c_int32 * heads)()
+    alive: list[Tensor] = []  # until the call has returned
+    new = (*structs.view_of(key, alive), *structs.view_of(value.to(stored), alive))
+    tails = (*structs.view_of(kv.tail_key, alive), *structs.view_of(kv.tail_value, alive))
+    sinks, sink_key, sink_value = 0, structs.NO_TENSOR, structs.NO_TENSOR
+    if kv.sink_key is not None and kv.sink_value is not None:
+        sinks = kv.sink_key.shape[2]
+        sink_key, sink_value = structs.view_of(kv.sink_key, alive), structs.view_of(kv.sink_value, alive)
+    pages = describe_pages(kv.groups, heads, alive)
+    group_of = array("i", [0] * heads)
     for number, group in enumerate(kv.groups):
-        describe_pool(group, pages)
         for head in group.heads:
             group_of[head] = number
-    sinks = 0 if kv.sink_key is None else kv.sink_key.shape[2]
-    sink_views = [structs.NO_TENSOR if x is None else structs.view_of(x) for x in (kv.sink_key, kv.sink_value)]
-    arguments = structs.Append(
-        batch, heads, tokens, sinks, kv.tail_key.shape[2], window, int(when == "before"), pages, group_of,
-        kv.lengths.data_ptr(), kv.page_tokens.data_ptr(), None if counts is None else counts.data_ptr(),
-        kv.groups[0].table.shape[-1], structs.view_of(key), structs.view_of(value), structs.view_of(kv.tail_key),
-        structs.view_of(kv.tail_value), *sink_views, None if query_power is None else query_power.data_ptr(),
-        fault.data_ptr(), torch.get_num_threads(), library.loaded().isa if isa is None else isa,
+    arguments = structs.pack(
+        structs.Append,
+        batch, heads, tokens, sinks, kv.tail_key.shape[2], window, int(when == "before"), pages.buffer_info()[0],
+        group_of.buffer_info()[0], kv.lengths.data_ptr(), kv.page_tokens.data_ptr(),
+        0 if counts is None else counts.data_ptr(), kv.groups[0].table.shape[-1], *new, *tails, *sink_key, *sink_value,
+        0 if query_power is None else query_power.data_ptr(), fault.data_ptr(), torch.get_num_threads(),
+        library.loaded().isa if isa is None else isa,
     )  # fmt: skip
     library.call("ta_append", arguments)
 

@@ -25,18 +25,20 @@ def attention(
     isa: see `ops.decode.cpu.attend`, also for threads and bits. Raises InvalidInputError for lengths of packed
     sequences that do not lie in the tensors.
     """
+    packed = sequences.is_packed
     out = torch.empty_like(q)  # with its strides
-    lse = torch.empty((q.shape[1], q.shape[0]) if sequences.is_packed else q.shape[:3], dtype=torch.float32)
+    lse = torch.empty((q.shape[1], q.shape[0]) if packed else q.shape[:3], dtype=torch.float32)
     target = out if out.stride(-1) == 1 else torch.empty(q.shape, dtype=q.dtype)
-    alive = [structs.readable(x) for x in (q, k, v)]
-    views = [_view(x, sequences.is_packed) for x in alive]
-    tokens = (sequences.total_q, sequences.total_k) if sequences.is_packed else (sequences.max_q, sequences.max_k)
-    arguments = structs.Prefill(
+    alive: list[Tensor] = []  # until the call has returned
+    query, key, value, result = (_view(x, packed, alive) for x in (q, k, v, target))
+    tokens = (sequences.total_q, sequences.total_k) if packed else (sequences.max_q, sequences.max_k)
+    arguments = structs.pack(
+        structs.Prefill,
         sequences.batch, q.shape[1], k.shape[1], q.shape[-1], *tokens, int(causal), window or 0, scale,
-        None if sequences.cu_q is None else sequences.cu_q.data_ptr(),
-        None if sequences.cu_k is None else sequences.cu_k.data_ptr(),
-        *views, _view(target, sequences.is_packed), lse.data_ptr(), 0 if sequences.is_packed else lse.stride(0),
-        lse.stride(-2), torch.get_num_threads(), library.loaded().isa if isa is None else isa,
+        0 if sequences.cu_q is None else sequences.cu_q.data_ptr(),
+        0 if sequences.cu_k is None else sequences.cu_k.data_ptr(),
+        *query, *key, *value, *result, lse.data_ptr(), 0 if packed else lse.stride(0), lse.stride(-2),
+        torch.get_num_threads(), library.loaded().isa if isa is None else isa,
     )  # fmt: skip
     if library.call("ta_prefill", arguments) == library.BAD_LENGTHS:
         raise invalid("cu_q, cu_k", f"increasing numbers from 0 to {tokens[0]} and {tokens[1]}", "others")
@@ -45,9 +47,9 @@ def attention(
     return AttentionOutput(out, lse)
 
 
-def _view(x: Tensor, packed: bool) -> structs.TensorView:
+def _view(x: Tensor, packed: bool, alive: list[Tensor]) -> structs.View:
     """Of a dense tensor, or of packed ``[tokens, heads, head_dim]`` with a batch stride of 0."""
     if not packed:
-        return structs.view_of(x)
-    token, head, _ = x.stride()
-    return structs.TensorView(x.data_ptr(), 0, head, token, structs.DTYPES[x.dtype])
+        return structs.view_of(x, alive)
+    data, _, head, token, dtype = structs.view_of(x.transpose(0, 1)[None], alive)
+    return data, 0, head, token, dtype
