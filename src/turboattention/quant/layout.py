@@ -67,6 +67,13 @@ class PageLayout:
     key: TensorFormat
     value: TensorFormat
 
+    def __hash__(self) -> int:  # caches of kernels ask at every call
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.page_size, self.head_dim, self.key, self.value))
+
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
         for name, fmt in (("key", self.key), ("value", self.value)):

@@ -44,7 +44,12 @@ def attend(
         sinks = kv.sink_key.shape[2]
         sink_key, sink_value = structs.view_of(kv.sink_key, alive), structs.view_of(kv.sink_value, alive)
     # Tokens outermost, as models want it: their transpose to [batch, queries, heads, head_dim] is then no copy.
-    out = torch.empty(batch, queries, heads, dim, dtype=alive[0].dtype).transpose(1, 2)
+    shape, dtype = (batch, queries, heads, dim), alive[0].dtype
+    out = (
+        torch.empty(shape, dtype=dtype).transpose(1, 2)
+        if queries > 1
+        else torch.empty(batch, heads, 1, dim, dtype=dtype)
+    )
     lse = torch.empty(batch, heads, queries, dtype=torch.float32)
     arguments = structs.pack(
         structs.Attention,
