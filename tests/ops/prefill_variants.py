@@ -52,11 +52,13 @@ def on_hopper(width: int, *, causal: bool, packed: bool = False) -> Variant:
     def tile(rows: int, columns: int) -> str:
         return f"tensordesc<i8[{rows}, {columns}],{hopper.shared_layout(rows, columns)!r}>"
 
-    types = {"q_desc": tile(64, width), "k_desc": tile(128, width), "v_desc": tile(width, 128), **SCALES}
-    types |= {"out_ptr": "*fp16", "lse_ptr": "*fp32", **LENGTHS}
-    types |= dict.fromkeys(("out_stride_b", "out_stride_h", "out_stride_t", "lse_stride_b", "lse_stride_h"), "i32")
-    constants = {"HEAD_DIM": width, "WIDTH": width, "CAUSAL": causal, "PACKED": packed, "EARLY": causal}
-    constants |= {"REGISTERS": hopper.REGISTERS, "out_stride_d": 1}
+    types = {"q_ptr": "*fp16", "mean_ptr": "*fp32", "k_desc": tile(128, width), "v_desc": tile(width, 128)}
+    types |= {"k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32", "out_ptr": "*fp16", "lse_ptr": "*fp32", "scale": "fp32"}
+    numbers = [f"{x}_stride_{axis}" for x in ("q", "out") for axis in "bht"]
+    numbers += ["lse_stride_b", "lse_stride_h", "longest_q", "longest_k", "padded_k", "heads", "ratio"]
+    types |= dict.fromkeys(numbers, "i32")
+    constants = {"HEAD_DIM": width, "WIDTH": width, "CAUSAL": causal, "PACKED": packed}
+    constants |= {"REGISTERS": hopper.REGISTERS, "q_stride_d": 1, "out_stride_d": 1}
     if packed:
         types |= {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
     else:

@@ -57,9 +57,11 @@ def int8_prepass(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object] | None
     """A call of the part of `int8_prefill` that quantises; None on a CPU, where it has no call of its own."""
     if not q.is_cuda:
         return None
+    from turboattention.ops.prefill.int8_prefill import choose
     from turboattention.ops.prefill.int8_prepass import quantise_chunk
 
-    return lambda: quantise_chunk(q, k, v, q.shape[-1] ** -0.5)
+    queries = choose(q, None) != "hopper"
+    return lambda: quantise_chunk(q, k, v, q.shape[-1] ** -0.5, queries=queries)
 
 
 def int8_values(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,13 @@ import math
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from turboattention.ops.prefill.hopper_tile import (
@@ -22,140 +28,168 @@ from turboattention.ops.prefill.hopper_tile import (
     ROWS,
     TOKENS,
     add_product,
+    await_turn,
     hide,
     integers,
     output_layout,
+    pass_turn,
+    exponents,
+    probabilities,
+    quantise_queries,
+    references,
     rescale,
     row_sums,
     score_factor,
     scores_layout,
-    softmax,
 )
+from turboattention.ops.prefill import int8
 from turboattention.ops.prefill.int8 import Int8Chunk
 from turboattention.ops.prefill.sequences import BLOCK
 
-STAGES = gl.constexpr(2)
+STAGES = gl.constexpr(3)
 REGISTERS = 240  # of a computing thread; the loader's share goes to it
 COMPILED_REGISTERS = 168  # times 384 threads: what a program owns before it is shared out
 LN2 = gl.constexpr(math.log(2))
+LOG2E = gl.constexpr(int8.LOG2E)
+SMALLEST = gl.constexpr(int8.SMALLEST)
 
 
 @gluon.jit
-def _load(k_desc, v_desc, barriers, buffers, k_row, v_row, start_k, tiles):
-    """The producer: one warp."""
-    k_full, k_empty, v_full, v_empty = barriers
-    k_buffer, v_buffer = buffers
+def _load(k_desc, v_desc, full, free, k_buffer, v_buffer, k_row, v_row, start_k, tiles):
+    """The producer, one warp: step i brings K of tile i + 1 and V of tile i."""
     for i in range(tiles):
         stage = i % STAGES
-        phase = (i // STAGES) & 1
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            k_desc, [k_row + start_k + i * TOKENS, 0], k_full.index(stage), k_buffer.index(stage)
-        )
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            v_desc, [v_row, start_k + i * TOKENS], v_full.index(stage), v_buffer.index(stage)
-        )
+        mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        # Behind the last tile it comes once more: a barrier expects the same bytes at every step.
+        token = start_k + gl.minimum(i + 1, tiles - 1) * TOKENS
+        tma.async_copy_global_to_shared(k_desc, [k_row + token, 0], full.index(stage), k_buffer.index(stage))
+        tma.async_copy_global_to_shared(v_desc, [v_row, start_k + i * TOKENS], full.index(stage), v_buffer.index(stage))
 
 
 @gluon.jit
 def _step(
-    i, p, acc, total, base, weight, v_scale, q_scale, q_shared, barriers, buffers, k_scale_ptr, v_scale_ptr,
-    limit, length,
-    WIDTH: gl.constexpr, EARLY: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
+    i, x, product, acc, total, base, old, weight, fold, q_scale, q_shared, full, free,
+    k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length,
+    NUMBER: gl.constexpr, WIDTH: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """P V of tile i, scores and softmax of tile i + 1."""
-    k_full, k_empty, v_full, v_empty = barriers
-    k_buffer, v_buffer = buffers
+    """Probabilities and P V of tile i; scores of tile i + 1.
+
+    product: P V of tile i - 1, which is added to the output under the product Q K. fold: its weight. old: the factor of
+    the output since then.
+    """
     zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=scores_layout())
     zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=output_layout(WIDTH))
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=output_layout(WIDTH), k_width=4)
     row_layout: gl.constexpr = base.type.layout
     stage = i % STAGES
-    phase = (i // STAGES) & 1
-    next_stage = (i + 1) % STAGES
-    next_phase = ((i + 1) // STAGES) & 1
     k_scale = gl.load(k_scale_ptr + i + 1)
-    next_v_scale = gl.load(v_scale_ptr + i + 1)
-    if EARLY:
-        mbarrier.wait(k_full.index(next_stage), next_phase)
-        k = k_buffer.index(next_stage).permute((1, 0))
-        next_s = warpgroup_mma(q_shared, k, zero_s, use_acc=False, is_async=True)
-    codes = integers(p)
-    if not EARLY:
-        mbarrier.wait(k_full.index(next_stage), next_phase)
-    mbarrier.wait(v_full.index(stage), phase)
-    if not EARLY:
-        k = k_buffer.index(next_stage).permute((1, 0))
-        next_s = warpgroup_mma(q_shared, k, zero_s, use_acc=False, is_async=True)
+    v_scale = gl.load(v_scale_ptr + i)
+    words = probabilities(x)
+    if WIDTH == 128:
+        words = pass_turn(words, 1 - NUMBER)
+    codes = integers(words, operand)
+    k = k_buffer.index(stage).permute((1, 0))
+    s = warpgroup_mma(q_shared, k, zero_s, use_acc=False, is_async=True)
+    acc = rescale(add_product(acc, product, fold, WIDTH), old, WIDTH)
+    total = gl.fma(row_sums(words, base), weight, total * old)
+    fold = weight * v_scale
     product = warpgroup_mma(codes, v_buffer.index(stage).permute((1, 0)), zero_o, use_acc=False, is_async=True)
-    total = gl.fma(row_sums(codes, base), weight, total)
-    # The next scores are complete; P V of this tile runs under the softmax of the next one.
-    s = warpgroup_mma_wait(1, deps=[next_s])
-    mbarrier.arrive(k_empty.index(next_stage), count=1)
+    s = warpgroup_mma_wait(1, deps=[s])
     factor = score_factor(q_scale, k_scale, row_layout)
     if MASKED:
         s, factor = hide(s, factor, limit, length, (i + 1) * TOKENS, row_layout, CAUSAL)
-    p, base, old, next_weight = softmax(s, factor, base, operand)
+    reference, base, old, weight = references(s, factor, base)
+    x = exponents(s, factor, reference, operand)
+    # A branch that keeps the assembler from waiting for P V before the maxima.
+    mbarrier.wait(full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
     product = warpgroup_mma_wait(0, deps=[product])
-    mbarrier.arrive(v_empty.index(stage), count=1)
-    acc = rescale(add_product(acc, product, weight * v_scale, WIDTH), old, WIDTH)
-    return p, acc, total * old, base, next_weight, next_v_scale
+    mbarrier.arrive(free.index(stage), count=1)
+    if WIDTH == 128:
+        weight = await_turn(weight, NUMBER)
+    return x, product, acc, total, base, old, weight, fold
+
+
+@gluon.jit
+def _queries(
+    q_shared, q_ptr, mean_ptr, lse_ptr, stride_t, stride_d, scale, rows_left,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """64 rows of Q to INT8 in shared memory; returns their scale. ``lse`` keeps scale * (q . mean of k) for the end."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    at = q_ptr + gl.expand_dims(row.to(gl.int64) * stride_t, 1) + gl.expand_dims(channel * stride_d, 0)
+    real = gl.expand_dims(row < rows_left, 1) & gl.expand_dims(channel < HEAD_DIM, 0)
+    q = gl.load(at, mask=real, other=0.0).to(gl.float32)
+    mean = gl.expand_dims(gl.load(mean_ptr + channel), 0)
+    gl.store(lse_ptr + row, gl.sum(q * mean, 1) * scale, mask=row < rows_left)
+    q = q * (scale * LOG2E)
+    largest = gl.maximum(gl.max(gl.max(gl.abs(q), 1), 0), SMALLEST)
+    codes, q_scale = quantise_queries(q, largest)
+    q_shared.store(codes)
+    fence_async_shared()
+    return q_scale
 
 
 @gluon.jit
 def _compute(
-    q_shared, q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr,
-    out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, limit, length, clear, tiles,
-    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, EARLY: gl.constexpr, CAUSAL: gl.constexpr,
+    q_shared, first_k, first_barrier, full, free, k_buffer, v_buffer, q_ptr, mean_ptr, k_scale_ptr, v_scale_ptr,
+    out_ptr, lse_ptr, q_stride_t, q_stride_d, out_stride_t, out_stride_d, scale, rows_left, limit, length, clear, tiles,
+    NUMBER: gl.constexpr, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 rows. limit: tokens that the first row sees, one more for each row after it.
 
-    clear: tiles without mask. EARLY: issue Q K of the next tile before P is packed; better or worse by what the
-    compiler makes of it.
+    clear: tiles without mask.
     """
-    k_full, k_empty, v_full, _ = barriers
-    k_buffer, v_buffer = buffers
     s_layout: gl.constexpr = scores_layout()
     o_layout: gl.constexpr = output_layout(WIDTH)
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=4)
     zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=s_layout)
     zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=o_layout)
     row_layout: gl.constexpr = gl.max(gl.max(zero_s.reshape([ROWS, TOKENS // 8, 4, 2]), 3), 1).type.layout
-    q_scale = gl.load(q_scale_ptr)
+    q_scale = _queries(
+        q_shared, q_ptr, mean_ptr, lse_ptr, q_stride_t, q_stride_d, scale, rows_left, HEAD_DIM, WIDTH
+    )
     base = gl.full([ROWS, 4], FIRST_BASE, gl.float32, layout=row_layout)
     total = gl.zeros([ROWS, 4], gl.float32, layout=row_layout)
+    fold = gl.zeros([ROWS, 4], gl.float32, layout=row_layout)
     acc = gl.zeros([ROWS, WIDTH], gl.float32, layout=o_layout)
-    mbarrier.wait(q_barrier, 0)
-    mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma(q_shared, k_buffer.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+    mbarrier.wait(first_barrier, 0)
+    s = warpgroup_mma(q_shared, first_k.permute((1, 0)), zero_s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(k_empty.index(0), count=1)
     factor = score_factor(q_scale, gl.load(k_scale_ptr), row_layout)
     if clear == 0:
         s, factor = hide(s, factor, limit, length, 0, row_layout, CAUSAL)
-    v_scale = gl.load(v_scale_ptr)
-    p, base, _, weight = softmax(s, factor, base, operand)
-    # Exponentials, not integers, are carried over the edge of a loop: int8 values would be split into bytes there.
+    reference, base, old, weight = references(s, factor, base)
+    x = exponents(s, factor, reference, operand)
+    mbarrier.wait(full.index(0), 0)
+    if WIDTH == 128 and NUMBER == 1:
+        weight = await_turn(weight, NUMBER)
+    product = zero_o
     middle = gl.maximum(gl.minimum(clear, tiles) - 1, 0)
     for i in range(0, middle):
-        p, acc, total, base, weight, v_scale = _step(
-            i, p, acc, total, base, weight, v_scale, q_scale, q_shared, barriers, buffers, k_scale_ptr, v_scale_ptr,
-            limit, length, WIDTH, EARLY, False, CAUSAL,
+        x, product, acc, total, base, old, weight, fold = _step(
+            i, x, product, acc, total, base, old, weight, fold, q_scale, q_shared, full, free,
+            k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length, NUMBER, WIDTH, False, CAUSAL,
         )  # fmt: skip
     for i in range(middle, tiles - 1):
-        p, acc, total, base, weight, v_scale = _step(
-            i, p, acc, total, base, weight, v_scale, q_scale, q_shared, barriers, buffers, k_scale_ptr, v_scale_ptr,
-            limit, length, WIDTH, False, True, CAUSAL,
+        x, product, acc, total, base, old, weight, fold = _step(
+            i, x, product, acc, total, base, old, weight, fold, q_scale, q_shared, full, free,
+            k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length, NUMBER, WIDTH, True, CAUSAL,
         )  # fmt: skip
     last = tiles - 1
-    codes = integers(p)
-    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    words = probabilities(x)
+    if WIDTH == 128:
+        words = pass_turn(words, 1 - NUMBER)
+    codes = integers(words, operand)
+    acc = rescale(add_product(acc, product, fold, WIDTH), old, WIDTH)
     v = v_buffer.index(last % STAGES).permute((1, 0))
     product = warpgroup_mma(codes, v, zero_o, use_acc=False, is_async=True)
-    total = gl.fma(row_sums(codes, base), weight, total)
+    total = gl.fma(row_sums(words, base), weight, total * old)
+    v_scale = gl.load(v_scale_ptr + last)
+    if WIDTH == 128 and NUMBER == 0:
+        weight = await_turn(weight, NUMBER)
     product = warpgroup_mma_wait(0, deps=[product])
     acc = add_product(acc, product, weight * v_scale, WIDTH)
 
@@ -164,7 +198,8 @@ def _compute(
     base = gl.max(base, 1)
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
     blind = base < 0.01 * FIRST_BASE
-    lse = LN2 * (base + gl.log2(total) - LOG2_LEVELS) + gl.load(shift_ptr + row)
+    shift = gl.load(lse_ptr + row, mask=row < rows_left, other=0.0)
+    lse = LN2 * (base + gl.log2(total) - LOG2_LEVELS) + shift
     gl.store(lse_ptr + row, gl.where(blind, -float("inf"), lse), mask=row < rows_left)
     inverse = gl.convert_layout(gl.where(blind, 0.0, 1.0 / total), gl.SliceLayout(1, o_layout))
     out = acc * gl.expand_dims(inverse, 1)
@@ -190,11 +225,11 @@ def _locate(cu_ptr, number, longest, PACKED: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["longest_q", "longest_k", "heads", "ratio"])
 def attention_kernel(
-    q_desc, k_desc, v_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
-    longest_q, longest_k, padded_q, padded_k, heads, ratio,
+    q_ptr, mean_ptr, k_desc, v_desc, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale,
+    longest_q, longest_k, padded_k, heads, ratio, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     out_stride_b, out_stride_h, out_stride_t, out_stride_d, lse_stride_b, lse_stride_h,
     HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
-    EARLY: gl.constexpr, REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """128 query rows of one head. Grid (batch * heads, blocks of rows), the longest causal rows first."""
     number = gl.program_id(0) // heads
@@ -203,7 +238,7 @@ def attention_kernel(
     block = gl.program_id(1)
     if CAUSAL:
         block = gl.num_programs(1) - 1 - block
-    first_q, length_q, start_q = _locate(cu_q_ptr, number, longest_q, PACKED)
+    first_q, length_q, _ = _locate(cu_q_ptr, number, longest_q, PACKED)
     _, length, start_k = _locate(cu_k_ptr, number, longest_k, PACKED)
     first_row = block * (2 * ROWS)
     # A block behind the end of a packed sequence computes one tile and stores nothing.
@@ -219,81 +254,78 @@ def attention_kernel(
         clear = gl.maximum(gl.minimum(position + 1, length), 0) // TOKENS
         clear_1 = gl.maximum(gl.minimum(position + ROWS + 1, length), 0) // TOKENS
 
-    q_shared = gl.allocate_shared_memory(
-        q_desc.dtype, [2, q_desc.block_type.shape[0], q_desc.block_type.shape[1]], q_desc.layout
-    )
+    q_shared = gl.allocate_shared_memory(gl.int8, [2, ROWS, WIDTH], shared_layout(ROWS, WIDTH))
     k_buffer = gl.allocate_shared_memory(
         k_desc.dtype, [STAGES, k_desc.block_type.shape[0], k_desc.block_type.shape[1]], k_desc.layout
     )
     v_buffer = gl.allocate_shared_memory(
         v_desc.dtype, [STAGES, v_desc.block_type.shape[0], v_desc.block_type.shape[1]], v_desc.layout
     )
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    q_barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_barrier, count=1)
+    first_k = gl.allocate_shared_memory(k_desc.dtype, k_desc.block_type.shape, k_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    first = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(first, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
-    padded_row = head * padded_q + start_q + first_row
-    mbarrier.expect(q_barrier, 2 * q_desc.block_type.nbytes)
-    for i in gl.static_range(2):
-        tma.async_copy_global_to_shared(q_desc, [padded_row + i * ROWS, 0], q_barrier, q_shared.index(i))
-    barriers = (k_full, k_empty, v_full, v_empty)
-    buffers = (k_buffer, v_buffer)
-    q_scale_ptr += padded_row // ROWS
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    mbarrier.expect(first, k_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [kv_head * padded_k + start_k, 0], first, first_k)
     k_scale_ptr += (kv_head * padded_k + start_k) // TOKENS
     v_scale_ptr += (kv_head * padded_k + start_k) // TOKENS
-    shift_ptr += padded_row
+    mean_ptr += (number * (heads // ratio) + kv_head) * WIDTH
     row = (first_q + first_row).to(gl.int64)
+    q_ptr += head.to(gl.int64) * q_stride_h + row * q_stride_t
     out_ptr += head.to(gl.int64) * out_stride_h + row * out_stride_t
     lse_ptr += head.to(gl.int64) * lse_stride_h + row
     if not PACKED:
+        q_ptr += number.to(gl.int64) * q_stride_b
         out_ptr += number.to(gl.int64) * out_stride_b
         lse_ptr += number.to(gl.int64) * lse_stride_b
     gl.warp_specialize(
         [
-            (_compute, (q_shared.index(0), q_barrier, barriers, buffers, q_scale_ptr, k_scale_ptr, v_scale_ptr,
-                        shift_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, position + 1, length,
-                        clear, tiles, HEAD_DIM, WIDTH, EARLY, CAUSAL)),
-            (_compute, (q_shared.index(1), q_barrier, barriers, buffers, q_scale_ptr + 1, k_scale_ptr, v_scale_ptr,
-                        shift_ptr + ROWS, out_ptr + out_stride_t * ROWS, lse_ptr + ROWS, out_stride_t, out_stride_d,
-                        rows_left - ROWS, position + ROWS + 1, length, clear_1, tiles, HEAD_DIM, WIDTH, EARLY, CAUSAL)),
-            (_load, (k_desc, v_desc, barriers, buffers, kv_head * padded_k, kv_head * WIDTH, start_k, tiles)),
+            (_compute, (q_shared.index(0), first_k, first, full, free, k_buffer, v_buffer, q_ptr, mean_ptr,
+                        k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, q_stride_t, q_stride_d, out_stride_t, out_stride_d,
+                        scale, rows_left, position + 1, length, clear, tiles,
+                        gl.constexpr(0), HEAD_DIM, WIDTH, CAUSAL)),
+            (_compute, (q_shared.index(1), first_k, first, full, free, k_buffer, v_buffer, q_ptr + q_stride_t * ROWS,
+                        mean_ptr, k_scale_ptr, v_scale_ptr, out_ptr + out_stride_t * ROWS, lse_ptr + ROWS,
+                        q_stride_t, q_stride_d, out_stride_t, out_stride_d, scale, rows_left - ROWS,
+                        position + ROWS + 1, length, clear_1, tiles, gl.constexpr(1), HEAD_DIM, WIDTH, CAUSAL)),
+            (_load, (k_desc, v_desc, full, free, k_buffer, v_buffer, kv_head * padded_k, kv_head * WIDTH, start_k,
+                     tiles)),
         ],
         [4, 1],
         [REGISTERS, 24],
     )  # fmt: skip
 
 
-def shared_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+@gluon.constexpr_function
+def shared_layout(rows, columns):
     """Layout of an int8 tile in shared memory."""
     return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.int8)
 
 
-def attention(chunk: Int8Chunk, out: Tensor, lse: Tensor, *, causal: bool) -> None:
+def attention(q: Tensor, chunk: Int8Chunk, out: Tensor, lse: Tensor, scale: float, *, causal: bool) -> None:
     """Attention over the operands, written into ``out`` (like q, any strides) and ``lse``; see `int8.int8_attention`.
 
+    q and scale: as for `int8.quantise_chunk`; the kernel quantises them itself, and of the chunk reads K, V and the mean.
     The width of the operands must be 64 or 128 (head_dim up to 128).
     """
     sequences = chunk.sequences
     packed = sequences.is_packed
-    heads, _, width = chunk.q.shape
+    heads, kv_heads, width = sequences.heads(q), chunk.k.shape[0], chunk.k.shape[2]
 
     def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [rows, columns], shared_layout(rows, columns))
 
     grid = (sequences.batch * heads, -(-sequences.max_q // (2 * 64)))
-    strides = (0, out.stride(1), out.stride(0), out.stride(2)) if packed else out.stride()
+    strides = [(0, x.stride(1), x.stride(0), x.stride(2)) if packed else x.stride() for x in (q, out)]
     attention_kernel[grid](
-        describe(chunk.q, 64, width), describe(chunk.k, BLOCK, width), describe(chunk.v, width, BLOCK),
-        chunk.q_scale, chunk.k_scale, chunk.v_scale, chunk.shift, out, lse, sequences.cu_q, sequences.cu_k,
-        sequences.max_q, sequences.max_k, sequences.padded_q, sequences.padded_k, heads, heads // chunk.k.shape[0],
-        *strides, 0 if packed else lse.stride(0), lse.stride(-2),
-        HEAD_DIM=chunk.head_dim, WIDTH=width, CAUSAL=causal, PACKED=packed, EARLY=causal, REGISTERS=REGISTERS,
+        q, chunk.mean, describe(chunk.k, BLOCK, width), describe(chunk.v, width, BLOCK), chunk.k_scale, chunk.v_scale,
+        out, lse, sequences.cu_q, sequences.cu_k, scale,
+        sequences.max_q, sequences.max_k, sequences.padded_k, heads, heads // kv_heads,
+        *strides[0], *strides[1], 0 if packed else lse.stride(0), lse.stride(-2),
+        HEAD_DIM=chunk.head_dim, WIDTH=width, CAUSAL=causal, PACKED=packed, REGISTERS=REGISTERS,
         num_warps=4, maxnreg=COMPILED_REGISTERS,
     )  # fmt: skip

@@ -23,17 +23,20 @@ FIRST_BASE = gl.constexpr(-1e30)
 _HUGE = gl.constexpr(1e19)  # times 2^31 still far above the first base of a row
 
 _EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
-# Four floats that carry a factor 2^-24: in float16 they are subnormals whose bits are the rounded integers.
-_PACK = gl.constexpr("""{
-.reg .b32 low, high;
-cvt.rn.f16x2.f32 low, $2, $1; cvt.rn.f16x2.f32 high, $4, $3;
-prmt.b32 $0, low, high, 0x6420;
+# Two floats that carry a factor 2^-24: in float16 they are subnormals whose bits are the rounded integer.
+_PAIR = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+_FOUR = gl.constexpr("prmt.b32 $0, $1, $2, 0x6420;")
+# Each product is rounded before it is rounded to an integer, as in the definition.
+_ROUND = gl.constexpr("""{
+.reg .f32 a, b, c, d; .reg .b32 low, high;
+mul.rn.f32 a, $1, $5; mul.rn.f32 b, $2, $6; mul.rn.f32 c, $3, $7; mul.rn.f32 d, $4, $8;
+add.rn.f32 a, a, 0f4B400000; add.rn.f32 b, b, 0f4B400000; add.rn.f32 c, c, 0f4B400000; add.rn.f32 d, d, 0f4B400000;
+prmt.b32 low, a, b, 0x0040; prmt.b32 high, c, d, 0x0040; prmt.b32 $0, low, high, 0x5410;
 }""")
-# The sum of four int8 in the first of four results; adding the zeros of the others costs nothing after optimisation.
-_SUM = gl.constexpr("""{
-.reg .b32 one, zero; mov.b32 one, 0x01010101; mov.b32 zero, 0;
-dp4a.s32.s32 $0, $4, one, zero; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
-}""")
+_LEVELS = gl.constexpr(float(LEVELS))
+_SUM = gl.constexpr(
+    "{ .reg .b32 one, zero; mov.b32 one, 0x01010101; mov.b32 zero, 0; dp4a.s32.s32 $0, $1, one, zero; }"
+)  # of the four int8 in a word
 # From the largest integer score of two rows in this thread and their factors: the rows' references, exchanged between
 # the four threads of a row; the bases of the output, which move only when a reference is 2^60 above; and the factors of
 # the old output, 1 where nothing moved.
@@ -50,6 +53,20 @@ or.pred any, p0, p1; vote.sync.any.pred any, any, 0xffffffff;
 sub.f32 $4, $10, $2; ex2.approx.ftz.f32 $4, $4; sub.f32 $5, $11, $3; ex2.approx.ftz.f32 $5, $5;
 KEEP${:uid}:
 }""")
+
+
+# Turns of the two computing warpgroups, by named barriers. The number of the barrier hangs on all words (it never
+# differs, their sign bits are 0), because the assembler orders arithmetic and barriers by nothing else.
+_AWAIT = gl.constexpr("bar.sync $4, 256; mov.f32 $0, $2; mov.f32 $1, $3;")
+_PASS = gl.constexpr("""{
+.reg .pred p; .reg .b32 id, all;
+mov.b32 all, $16;
+""" + "".join(f"or.b32 all, all, ${16 + i}; " for i in range(1, 16)) + """
+setp.lt.s32 p, all, 0; selp.b32 id, 15, $32, p;
+bar.arrive id, 256;
+""" + "".join(f"mov.b32 ${i}, ${16 + i}; " for i in range(16)) + "}")
+_PASS_REGISTERS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 32))
+_TURNS = gl.constexpr(8)  # numbers that Triton does not use
 
 
 def _scale_asm(count: int) -> gl.constexpr:
@@ -125,31 +142,78 @@ def hide(s, factor, limit, length, first, row_layout: gl.constexpr, CAUSAL: gl.c
 
 
 @gluon.jit
-def softmax(s, factor, base, operand: gl.constexpr):
-    """Probabilities times 127 * 2^-24 in the operand's order, base, factor of the old output, weight of this tile."""
+def quantise_queries(q, largest):
+    """int8 of 64 rows whose largest magnitude is given, and their scale: `int8.quantise_chunk`'s, bit by bit."""
+    inverse = _divide(gl.to_tensor(_LEVELS), largest)
+    return gl.inline_asm_elementwise(_ROUND, "=r,f,f,f,f,f,f,f,f", [q, inverse], gl.int8, True, 4), _divide(largest, gl.to_tensor(_LEVELS))
+
+
+@gluon.jit
+def _divide(a, b):
+    return gl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], gl.float32, True, 1)
+
+
+@gluon.jit
+def references(s, factor, base):
+    """Largest score of each row, base, factor of the old output, weight of this tile."""
     s4 = s.reshape([ROWS, TOKENS // 8, 4, 2])
-    highest = gl.max(gl.max(s4, 3), 1)
+    # One reduction, because the assembler makes maxima of three only from a chain.
+    highest = gl.max(s4.permute([0, 2, 1, 3]).reshape([ROWS, 4, TOKENS // 4]), 2)
+    highest = gl.convert_layout(highest, base.type.layout, assert_trivial=True)
     reference, base, old = gl.inline_asm_elementwise(
         _REFERENCE, "=&f,=&f,=&f,=&f,=&f,=&f,r,r,f,f,f,f", [highest, factor, base],
         (gl.float32, gl.float32, gl.float32), True, 2,
     )  # fmt: skip
-    weight = _exp2(reference - base)
+    return reference, base, old, _exp2(reference - base)
+
+
+@gluon.jit
+def await_turn(row, number: gl.constexpr):
+    """Wait until the other warpgroup lets this one, of this number, go on; returns ``row [ROWS, 4]``."""
+    layout: gl.constexpr = row.type.layout
+    id = gl.full([ROWS, 4], _TURNS + number, gl.int32, layout=layout)
+    return gl.inline_asm_elementwise(_AWAIT, "=f,=f,f,f,r,r", [row, id], gl.float32, False, 2)
+
+
+@gluon.jit
+def pass_turn(words, number: gl.constexpr):
+    """Let the other warpgroup, of this number, go on when the ``words [ROWS, TOKENS / 4]``, returned, are known."""
+    layout: gl.constexpr = words.type.layout
+    id = gl.full([ROWS, TOKENS // 4], _TURNS + number, gl.int32, layout=layout)
+    return gl.inline_asm_elementwise(_PASS, _PASS_REGISTERS, [words, id], gl.int32, False, 16)
+
+
+@gluon.jit
+def exponents(s, factor, reference, operand: gl.constexpr):
+    """log2 of the probabilities times 127 * 2^-24, in the order of the second product's operand."""
+    s4 = s.reshape([ROWS, TOKENS // 8, 4, 2])
     x = gl.fma(s4.to(gl.float32), _beside(factor, s4), -_beside(reference + (24.0 - LOG2_LEVELS), s4))
     x = x.reshape([ROWS, TOKENS // 32, 2, 2, 4, 2]).permute([0, 1, 2, 4, 3, 5]).reshape([ROWS, TOKENS])
-    return _exp2(gl.convert_layout(x, operand, assert_trivial=True)), base, old, weight
+    return gl.convert_layout(x, operand, assert_trivial=True)
 
 
 @gluon.jit
-def integers(p):
-    """int8 of probabilities that carry a factor 2^-24."""
-    return gl.inline_asm_elementwise(_PACK, "=r,f,f,f,f", [p], gl.int8, True, 4)
+def probabilities(x):
+    """127 * 2^(score - reference) as integers, four in a word: int32 ``[ROWS, TOKENS / 4]``."""
+    low, high = gl.split(_exp2(x).reshape([ROWS, TOKENS // 2, 2]))
+    pairs = gl.inline_asm_elementwise(_PAIR, "=r,f,f", [low, high], gl.int32, True, 1)
+    low, high = gl.split(pairs.reshape([ROWS, TOKENS // 4, 2]))
+    return gl.inline_asm_elementwise(_FOUR, "=r,r,r", [low, high], gl.int32, True, 1)
 
 
 @gluon.jit
-def row_sums(codes, like):
+def integers(words, operand: gl.constexpr):
+    """int8 ``[ROWS, TOKENS]`` of words that hold four each."""
+    pair = gl.join(words, words)
+    four = gl.convert_layout(gl.join(pair, pair).reshape([ROWS, TOKENS]), operand, assert_trivial=True)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [four], gl.int8, True, 4)
+
+
+@gluon.jit
+def row_sums(words, like):
     """float32 ``[ROWS, 4]``: what this thread's part of each row of integers adds up to."""
-    sums = gl.inline_asm_elementwise(_SUM, "=r,=r,=r,=r,r", [codes], gl.int32, True, 4)
-    sums = gl.sum(gl.sum(gl.sum(sums.reshape([ROWS, TOKENS // 32, 2, 4, 4]), 4), 2), 1)
+    sums = gl.inline_asm_elementwise(_SUM, "=r,r", [words], gl.int32, True, 1)
+    sums = gl.sum(gl.sum(sums.reshape([ROWS, TOKENS // 32, 2, 4]), 2), 1)
     return gl.convert_layout(sums, like.type.layout, assert_trivial=True).to(gl.float32)
 
 

@@ -36,6 +36,9 @@ class Int8Chunk:
     v:       int8 ``[kv_heads, width, padded_k]``, tokens in the order of `quant.packing.permute_tokens`
     v_scale: float32 ``[kv_heads, padded_k / 128]``
     shift:   float32 ``[heads, padded_q]``, scale * (q . mean of k): what smoothing took from every score of the row
+    mean:    float32 ``[sequences, kv_heads, width]``, of k
+
+    A kernel that quantises queries itself gets a chunk whose q, q_scale and shift have no rows.
     """
 
     q: Tensor
@@ -45,6 +48,7 @@ class Int8Chunk:
     v: Tensor
     v_scale: Tensor
     shift: Tensor
+    mean: Tensor
     sequences: Sequences
     head_dim: int
 
@@ -54,10 +58,13 @@ def padded_width(head_dim: int) -> int:
     return 1 << (head_dim - 1).bit_length()
 
 
-def empty_chunk(q: Tensor, k: Tensor, sequences: Sequences) -> Int8Chunk:
-    """Operands without content, for `quantise_chunk` and its kernel to fill; arguments as there."""
+def empty_chunk(q: Tensor, k: Tensor, sequences: Sequences, *, queries: bool = True) -> Int8Chunk:
+    """Operands without content, for `quantise_chunk` and its kernel to fill; arguments as there.
+
+    queries: with room for those of the queries.
+    """
     heads, kv_heads = sequences.heads(q), sequences.heads(k)
-    rows, tokens, width = sequences.padded_q, sequences.padded_k, padded_width(q.shape[-1])
+    rows, tokens, width = sequences.padded_q if queries else 0, sequences.padded_k, padded_width(q.shape[-1])
 
     def new(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -70,6 +77,7 @@ def empty_chunk(q: Tensor, k: Tensor, sequences: Sequences) -> Int8Chunk:
         v=new(torch.int8, kv_heads, width, tokens),
         v_scale=new(torch.float32, kv_heads, tokens // KEY_BLOCK),
         shift=new(torch.float32, heads, rows),
+        mean=new(torch.float32, sequences.batch, kv_heads, width),
         sequences=sequences,
         head_dim=q.shape[-1],
     )
@@ -86,9 +94,10 @@ def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Seq
     sequences.check(q, k, v)
     chunk = empty_chunk(q, k, sequences)
     ratio = chunk.q.shape[0] // chunk.k.shape[0]
-    for rows, tokens in zip(sequences.spans_q(), sequences.spans_k(), strict=True):
+    for number, (rows, tokens) in enumerate(zip(sequences.spans_q(), sequences.spans_k(), strict=True)):
         x, key, value = rows.read(q).float(), tokens.read(k).float(), tokens.read(v).float()
         mean = key.sum(1, keepdim=True) / max(tokens.length, 1)
+        chunk.mean[number] = _widen(mean.squeeze(1), chunk.k.shape[-1])
         chunk.shift[:, rows.padded] = _pad(scale * (x @ mean.repeat_interleave(ratio, 0).mT).squeeze(-1), rows.blocks)
         codes, chunk.q_scale[:, rows.scales(QUERY_BLOCK)] = _quantise(_pad(x * (scale * LOG2E), rows.blocks, 1), 64)
         chunk.q[:, rows.padded] = _widen(codes, chunk.q.shape[-1])

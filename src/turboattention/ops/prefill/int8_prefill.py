@@ -65,13 +65,14 @@ def int8_prefill(
         raise MissingDependencyError(
             "INT8 prefill on a GPU needs Triton: pip install 'turboattention[triton]'"
         ) from error
-    chunk = int8_prepass.quantise_chunk(q, k, v, scale, sequences)
+    hopper_chosen = implementation == "hopper"
+    chunk = int8_prepass.quantise_chunk(q, k, v, scale, sequences, queries=not hopper_chosen)
     out = torch.empty_like(q)
     lse = q.new_empty((q.shape[1], q.shape[0]) if sequences.is_packed else q.shape[:3], dtype=torch.float32)
-    if implementation == "hopper":
+    if hopper_chosen:
         from turboattention.ops.prefill import hopper
 
-        hopper.attention(chunk, out, lse, causal=causal)
+        hopper.attention(q, chunk, out, lse, scale, causal=causal)
     else:
         int8_triton.attention(chunk, out, lse, causal=causal, window=window)
     return AttentionOutput(out, lse)

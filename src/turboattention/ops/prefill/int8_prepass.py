@@ -170,25 +170,31 @@ def quantise(
             tl.store(to_scale, tl.math.div_rn(top_v, tl.zeros_like(top_v) + LEVELS))
 
 
-def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Sequences | None = None) -> Int8Chunk:
-    """As `int8.quantise_chunk`, by kernels; K's codes may differ where its mean is added up in another order."""
+def quantise_chunk(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Sequences | None = None, *, queries: bool = True
+) -> Int8Chunk:
+    """As `int8.quantise_chunk`, by kernels; K's codes may differ where its mean is added up in another order.
+
+    queries: make the operands of Q too (`hopper` quantises its queries itself).
+    """
     sequences = sequences or Sequences.dense(q, k)
     sequences.check(q, k, v)
-    chunk = empty_chunk(q, k, sequences)
-    heads, kv_heads, width = chunk.q.shape[0], chunk.k.shape[0], chunk.q.shape[2]
+    chunk = empty_chunk(q, k, sequences, queries=queries)
+    kv_heads, width = chunk.k.shape[0], chunk.k.shape[2]
+    heads = chunk.q.shape[0] if queries else 0
     parts = torch.empty((sequences.batch, kv_heads, PARTS, width), dtype=torch.float32, device=q.device)
     packed = sequences.is_packed
-    mean = torch.empty((sequences.batch, kv_heads, width), dtype=torch.float32, device=q.device)
     sizes = {"HEAD_DIM": chunk.head_dim, "WIDTH": width, "PACKED": packed}
     strides = [(0, x.stride(1), x.stride(0), x.stride(2)) if packed else x.stride() for x in (q, k, v)]
     grid = (PARTS, kv_heads, sequences.batch)
     sum_keys[grid](k, parts, sequences.cu_k, sequences.max_k, kv_heads, *strides[1], **sizes, PARTS=PARTS, num_warps=8)
     mean_keys[(kv_heads, sequences.batch)](
-        parts, mean, sequences.cu_k, sequences.max_k, kv_heads, WIDTH=width, PARTS=PARTS, PACKED=packed, num_warps=4
-    )
-    grid = (-(-max(sequences.max_q, sequences.max_k) // BLOCK), heads + 2 * kv_heads, sequences.batch)
-    quantise[grid](
-        q, k, v, mean, sequences.cu_q, sequences.cu_k,
+        parts, chunk.mean, sequences.cu_k, sequences.max_k, kv_heads,
+        WIDTH=width, PARTS=PARTS, PACKED=packed, num_warps=4,
+    )  # fmt: skip
+    longest = max(sequences.max_q, sequences.max_k) if queries else sequences.max_k
+    quantise[(-(-longest // BLOCK), heads + 2 * kv_heads, sequences.batch)](
+        q, k, v, chunk.mean, sequences.cu_q, sequences.cu_k,
         chunk.q, chunk.q_scale, chunk.k, chunk.k_scale, chunk.v, chunk.v_scale, chunk.shift,
         scale * LOG2E, scale, sequences.max_q, sequences.max_k, sequences.padded_q, sequences.padded_k, heads, kv_heads,
         *strides[0], *strides[1], *strides[2], **sizes, LEVELS=float(LEVELS), SMALLEST=SMALLEST,
