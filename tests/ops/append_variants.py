@@ -61,6 +61,7 @@ def append(preset: str, head_dim: int, *, rope: bool = False, before: bool = Tru
     constants |= {"angle_b": 0, "angle_t": head_dim // 2, "S": spec, "BEFORE": before, "SINKS": 1}
     constants |= {"ANGLES": head_dim // 2 if rope else 0, "ROWS": 1 if before else 16}
     optional = {"cos": rope, "sin": rope, "power": bool(spec.refined), "counts": not before, "heads": not before}
+    optional |= dict.fromkeys(("tail_rows", "sink_rows"), not before)
     for name, given in optional.items():
         if given:
             types[name] = "*fp32" if name in ("cos", "sin", "power") else "*i32"

@@ -19,6 +19,8 @@ TYPES = {
          "sink_head", "sink_token", "tail_capacity", "batch", "heads", "programs", "window"), "i32"),
     "softcap": "fp32", "qscale": "fp32",
 }  # fmt: skip
+# An engine's tail has rows of its own for more sequences than the batch; the other variants read row b for sequence b.
+ROWS = ("tail_rows_ptr", "sink_rows_ptr")
 FLAGS = {"BATCH": 8, "PAGED": True, "RING": True, "SINKS": 1, "STARTS": False, "WINDOW": False, "SOFTCAP": False}
 
 
@@ -46,13 +48,16 @@ def gluon_variant(
     ratio: int = 4,
     spills: int = 0,
     where: tuple[tuple[str, ...], ...] = (OLD, NEW),
+    rows: bool = False,
     **flags: object,
 ) -> list[Variant]:
     tile = GluonTile.of(layout, ratio, 8)
     constants = {"C": tile, **FLAGS, **flags}
+    types = TYPES | dict.fromkeys(ROWS, "*i32") if rows else TYPES
+    constants |= {} if rows else dict.fromkeys(ROWS)
     kept = note(layout, 16, bound, spills)
     return [
-        Variant(name, gluon.decode_kernel, TYPES, {**constants, "PDL": targets is NEW}, 1, 1, targets, note=kept)
+        Variant(name, gluon.decode_kernel, types, {**constants, "PDL": targets is NEW}, 1, 1, targets, note=kept)
         for targets in where
     ]
 
@@ -63,7 +68,7 @@ def portable_variant(
 ) -> list[Variant]:  # fmt: skip
     tile = PortableTile.of(layout, ratio, queries, 8, how)
     types = {**TYPES, "pool_ptr": "*u8", **dict.fromkeys(("q_query", "ratio", "queries"), "i32")}
-    constants = {"C": tile, **FLAGS, "CAUSAL": True, **flags}
+    constants = {"C": tile, **FLAGS, "CAUSAL": True, **dict.fromkeys(ROWS), **flags}
     kept = note(layout, tile.rows, bound, spills)
     return [
         Variant(name, portable.attend_kernel, types, {**constants, "PDL": targets is NEW}, tile.num_warps, 2, targets,
@@ -74,6 +79,7 @@ def portable_variant(
 
 GROUPS = [
     gluon_variant("gluon turbo4", preset("turbo4"), 2.4),
+    gluon_variant("gluon turbo4 of an engine", preset("turbo4"), 2.4, rows=True, where=(("sm_80",), ("sm_90",))),
     gluon_variant("gluon turbo2", preset("turbo2"), 2.6),
     gluon_variant("gluon K4 V2", plain(4, 2), 2.1, where=(("sm_80",), NEW)),
     gluon_variant(

@@ -19,6 +19,7 @@ from turboattention.quant.packing import packed_bytes
 # Pages that kernels read begin at a cache line: at 16 bytes they cost 4 % of the bandwidth of a GPU.
 KERNEL_PAGE_ALIGNMENT = 128
 PAGE_ALIGNMENT = 16
+SINK_REGIONS = ("sink_key", "sink_value")  # 16 bits of any float dtype
 REGION_ALIGNMENT = 64  # at most: vector loads, and slices of shared memory
 
 
@@ -60,19 +61,22 @@ class PageLayout:
     each aligned to its own size (at most 64 bytes), the page to `alignment`. K codes are ``[tokens, D * bits / 8]``; V
     codes are transposed, ``[D, tokens * bits / 8]``, tokens in the stored order of `packing.permute_tokens`; refined
     codes are ``[channels, tokens * bits / 8]`` with their channels in ``refined_index``.
+    sink_tokens: so many exact tokens of 16 bits stand behind all that, for engines whose pages outlive the sequence
+    that wrote them; encoding a page does not touch them.
     """
 
     page_size: int
     head_dim: int
     key: TensorFormat
     value: TensorFormat
+    sink_tokens: int = 0
 
     def __hash__(self) -> int:  # caches of kernels ask at every call
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.page_size, self.head_dim, self.key, self.value))
+        return hash((self.page_size, self.head_dim, self.key, self.value, self.sink_tokens))
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
@@ -103,6 +107,11 @@ class PageLayout:
             start = _aligned(end, Region(0, shape, dtype))
             regions[name] = Region(start, shape, dtype)
             end = start + regions[name].nbytes
+        if self.sink_tokens:
+            start = -(-end // REGION_ALIGNMENT) * REGION_ALIGNMENT
+            for name in SINK_REGIONS:
+                regions[name] = Region(start, (self.sink_tokens, self.head_dim), torch.float16)
+                start += regions[name].nbytes
         return regions
 
     def _fields(self, side: str, fmt: TensorFormat) -> list[tuple[str, tuple[int, ...], torch.dtype]]:

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from turboattention.config import TensorFormat
 from turboattention.quant.granularity import PerChannel, PerToken
-from turboattention.quant.layout import PageLayout
+from turboattention.quant.layout import SINK_REGIONS, PageLayout
 
 # Runs of neighbouring channels (tokens) that share bytes: see quant.packing.
 PARTS = {8: 1, 4: 2, 3: 8, 2: 4}
@@ -89,7 +89,7 @@ def page_spec(layout: PageLayout) -> PageSpec:
     names = ("codes", "page_scale", "scale", "page_zero", "zero")
     offsets = {f"{side}_{name}": ABSENT for side in ("key", "value") for name in names}
     offsets |= {"key_refined_index": ABSENT, "key_refined_codes": ABSENT}
-    offsets |= {name: region.offset for name, region in regions.items()}
+    offsets |= {name: region.offset for name, region in regions.items() if name not in SINK_REGIONS}
     refined = key.refined_channels(layout.head_dim)
     return PageSpec(
         page_size=layout.page_size,

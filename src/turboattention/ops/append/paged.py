@@ -13,7 +13,7 @@ from torch import Tensor
 from turboattention.checks import check_heads
 from turboattention.config import check_choice
 from turboattention.errors import InvalidInputError, invalid
-from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
+from turboattention.ops.common.paged_kv import PagedGroup, PagedKV, put_rows_back, with_own_rows
 from turboattention.quant.codec import encode_pages
 
 When = Literal["before", "after"]
@@ -51,9 +51,17 @@ def append_paged(
     counts: int32 ``[batch]``, the first so many new tokens of each row are real; None: all n.
     rope: cos and sin ``[batch or 1, n, head_dim / 2 or head_dim]`` when ``key`` is before RoPE; the halves of a head
         are rotated against each other, in float32.
-    query_power: float32 ``[batch, kv_heads, head_dim]``, see `encode_pages`.
+    query_power: float32 ``[rows of the tail, kv_heads, head_dim]``, see `encode_pages`.
     """
     check_step(kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power)
+    if kv.tail_rows is not None or kv.sink_rows is not None:
+        own = with_own_rows(kv)
+        power = query_power if query_power is None or kv.tail_rows is None else query_power[kv.tail_rows]
+        append_paged(
+            own, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=power
+        )
+        put_rows_back(kv, own)
+        return
     stored = kv.tail_key.dtype
     key = key.to(stored) if rope is None else rotate_positions(key, *rope).to(stored)
     value = value.to(stored)
@@ -153,7 +161,8 @@ def check_step(
 ) -> None:
     """Raise InvalidInputError for shapes and dtypes that do not fit; reads nothing from the device."""
     check_choice("when", when, ("before", "after"))
-    batch, heads, capacity, dim = kv.tail_key.shape
+    rows, heads, capacity, dim = kv.tail_key.shape
+    batch = rows if kv.tail_rows is None else kv.lengths.shape[0]
     check_heads("key", key, heads=heads, head_dim=dim)
     n = key.shape[2]
     if key.shape[0] != batch or not n:
@@ -171,7 +180,9 @@ def check_step(
         ("page_tokens", kv.page_tokens, (batch,), torch.int32),
         ("fault", fault, (batch,), torch.int32),
         ("counts", counts, (batch,), torch.int32),
-        ("query_power", query_power, (batch, heads, dim), torch.float32),
+        ("query_power", query_power, (rows, heads, dim), torch.float32),
+        ("tail_rows", kv.tail_rows, (batch,), torch.int32),
+        ("sink_rows", kv.sink_rows, (batch,), torch.int32),
     ):
         if x is not None and (x.shape != shape or x.dtype != dtype or not x.is_contiguous()):
             raise invalid(name, f"contiguous {dtype} {list(shape)}", f"{x.dtype} {tuple(x.shape)}")

@@ -94,7 +94,8 @@ def _launch(
     append_kernel[(1 + chunk_pages, len(group.heads), batch)](
         key, value, cos, sin, counts, kv.tail_key, kv.tail_value, sinks, kv.sink_value, group.pool, group.table,
         None if every else _head_numbers(group.heads, key.device),
-        kv.lengths, kv.page_tokens, query_power if spec.refined else None, fault,
+        kv.lengths, kv.page_tokens, kv.tail_rows, kv.sink_rows if sinks is not None else None,
+        query_power if spec.refined else None, fault,
         n, window, kv.tail_key.shape[2], kv_heads, group.table.shape[2], group.pool.shape[0],
         *key.stride(), *value.stride(), *kv.tail_key.stride()[:3],
         *((0, 0, 0) if sinks is None else sinks.stride()[:3]),
@@ -109,7 +110,7 @@ def _launch(
 @triton.jit
 def append_kernel(
     key, value, cos, sin, counts, tail_key, tail_value, sink_key, sink_value, pool, table, heads,
-    lengths, page_tokens, power, fault,
+    lengths, page_tokens, tail_rows, sink_rows, power, fault,
     new_tokens, window, capacity, kv_heads, table_pages, pool_pages,
     key_b, key_h, key_t, key_d, value_b, value_h, value_t, value_d, tail_b, tail_h, tail_t,
     sink_b, sink_h, sink_t, angle_b, angle_t, table_b, table_h, table_p,
@@ -137,10 +138,15 @@ def append_kernel(
     begin = tl.where(part == 0, paged // SIZE, tl.maximum(own + part - 1, paged // SIZE))
     stop = tl.minimum(limit // SIZE, tl.where(part == 0, own, own + part))
 
+    tail_row, sink_row = row, row
+    if tail_rows is not None:
+        tail_row = tl.load(tail_rows + row).to(tl.int64)
+    if sink_rows is not None:
+        sink_row = tl.load(sink_rows + row).to(tl.int64)
     key += row * key_b + head * key_h
     value += row * value_b + head * value_h
-    tail_key += row * tail_b + head * tail_h
-    tail_value += row * tail_b + head * tail_h
+    tail_key += tail_row * tail_b + head * tail_h
+    tail_value += tail_row * tail_b + head * tail_h
     if ANGLES > 0:
         cos += row * angle_b
         sin += row * angle_b
@@ -164,7 +170,7 @@ def append_kernel(
                 x = tl.where((token < length)[:, None], x, new)
             weight = 1.0
             if power is not None:
-                weight = tl.load(power + (row * kv_heads + head) * S.head_dim + channel, live, 0.0)
+                weight = tl.load(power + (tail_row * kv_heads + head) * S.head_dim + channel, live, 0.0)
             seen |= encode_key(x, token >= SINKS, weight, page, S)
             token = index * SIZE + stored_tokens(S)
             channel = tl.arange(0, S.value_width)
@@ -196,7 +202,7 @@ def append_kernel(
             first = length
             while first < tl.minimum(end, SINKS):
                 token = first + tl.arange(0, ROWS)
-                where = row * sink_b + head * sink_h + token.to(tl.int64)[:, None] * sink_t + channel[None, :]
+                where = sink_row * sink_b + head * sink_h + token.to(tl.int64)[:, None] * sink_t + channel[None, :]
                 seen |= _copy(
                     key, value, cos, sin, sink_key + where, sink_value + where, token - length,
                     token < tl.minimum(end, SINKS), channel, live,

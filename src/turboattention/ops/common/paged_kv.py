@@ -38,6 +38,9 @@ class PagedKV:
     tail_key, tail_value: ``[batch, kv_heads, capacity, head_dim]``; token t is in slot ``t % capacity``.
     sink_key, sink_value: exact ``[batch, kv_heads, sinks, head_dim]`` of the first tokens, read instead of their codes
         once these are in a page; None without sinks.
+    tail_rows: int32 ``[batch]``, where in the tail each sequence has its row, for tails with rows for more sequences
+        than the batch has; None: the same number. Query statistics that go with the cache have the rows of the tail.
+    sink_rows: the same for the sinks; two sequences with the same first page may share a row.
     """
 
     groups: tuple[PagedGroup, ...]
@@ -47,10 +50,38 @@ class PagedKV:
     tail_value: Tensor
     sink_key: Tensor | None = None
     sink_value: Tensor | None = None
+    tail_rows: Tensor | None = None
+    sink_rows: Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:
         return self.tail_key.shape[1]
+
+
+def with_own_rows(kv: PagedKV) -> PagedKV:
+    """The same cache with row b of the tail and of the sinks for sequence b: copies where it had others."""
+    tail_key, tail_value, sink_key, sink_value = kv.tail_key, kv.tail_value, kv.sink_key, kv.sink_value
+    if kv.tail_rows is not None:
+        tail_key, tail_value = tail_key[kv.tail_rows], tail_value[kv.tail_rows]
+    if kv.sink_rows is not None and sink_key is not None and sink_value is not None:
+        sink_key, sink_value = sink_key[kv.sink_rows], sink_value[kv.sink_rows]
+    return PagedKV(kv.groups, kv.lengths, kv.page_tokens, tail_key, tail_value, sink_key, sink_value)
+
+
+def put_rows_back(kv: PagedKV, own: PagedKV) -> None:
+    """Write what has changed in the tail and the sinks of ``own`` (`with_own_rows` of ``kv``) where it belongs.
+
+    Sinks only of sequences that had no page before: nobody else has theirs.
+    """
+    if kv.tail_rows is not None:
+        kv.tail_key[kv.tail_rows] = own.tail_key
+        kv.tail_value[kv.tail_rows] = own.tail_value
+    if kv.sink_rows is None or kv.sink_key is None or kv.sink_value is None:
+        return
+    assert own.sink_key is not None and own.sink_value is not None  # as those of kv
+    young = kv.page_tokens == 0
+    kv.sink_key[kv.sink_rows[young]] = own.sink_key[young]
+    kv.sink_value[kv.sink_rows[young]] = own.sink_value[young]
 
 
 def sequence(kv: PagedKV, index: int) -> CachedKV:
@@ -61,6 +92,8 @@ def sequence(kv: PagedKV, index: int) -> CachedKV:
         pages = group.table[index, :, : paged // group.layout.page_size].long()
         groups.append(HeadGroup(group.layout, group.heads, group.pool[pages][None]))
     slots = torch.arange(paged, length, device=kv.tail_key.device) % kv.tail_key.shape[2]
-    tail = (x[index : index + 1, :, slots] for x in (kv.tail_key, kv.tail_value))
-    sinks = (None if x is None else x[index : index + 1] for x in (kv.sink_key, kv.sink_value))
+    row = index if kv.tail_rows is None else int(kv.tail_rows[index])
+    tail = (x[row : row + 1, :, slots] for x in (kv.tail_key, kv.tail_value))
+    first = index if kv.sink_rows is None else int(kv.sink_rows[index])
+    sinks = (None if x is None else x[first : first + 1] for x in (kv.sink_key, kv.sink_value))
     return CachedKV(tuple(groups), paged, *tail, *sinks)

@@ -8,7 +8,7 @@ from torch import Tensor
 from turboattention.cpu import library, structs
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.ops.common.cpu_pages import describe_pages
-from turboattention.ops.common.paged_kv import PagedKV
+from turboattention.ops.common.paged_kv import PagedKV, with_own_rows
 from turboattention.ops.prefill.reference import AttentionOutput
 
 
@@ -30,6 +30,8 @@ def attend(
     Returns out like q and lse float32 ``[batch, heads, queries]``.
     """
     batch, heads, queries, dim = q.shape
+    if isinstance(kv, PagedKV):
+        kv = with_own_rows(kv)
     alive: list[Tensor] = []  # until the call has returned
     query, tail_key, tail_value = (structs.view_of(x, alive) for x in (q, kv.tail_key, kv.tail_value))
     pages = describe_pages(kv.groups, kv.num_kv_heads, alive)

@@ -76,7 +76,7 @@ def _row(lengths_ptr, page_tokens_ptr, starts_ptr, row, STARTS: gl.constexpr):
 @gluon.jit(do_not_specialize=["table_batch", "table_head", "tail_capacity", "batch", "heads", "programs", "window"])
 def decode_kernel(
     q_ptr, pool_ptr, table_ptr, lengths_ptr, page_tokens_ptr, starts_ptr, heads_ptr,
-    tail_key_ptr, tail_value_ptr, sink_key_ptr, sink_value_ptr, part_ptr, lse_ptr,
+    tail_key_ptr, tail_value_ptr, sink_key_ptr, sink_value_ptr, tail_rows_ptr, sink_rows_ptr, part_ptr, lse_ptr,
     q_batch, q_head, table_batch, table_head, tail_batch, tail_head, tail_token, sink_batch, sink_head, sink_token,
     tail_capacity, batch, heads, programs, window, softcap, qscale,
     C: gl.constexpr, BATCH: gl.constexpr, PAGED: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr,
@@ -141,10 +141,15 @@ def decode_kernel(
             )  # fmt: skip
         else:
             begin = index * C.exact_tokens
+            tail_row, sink_row = far_row, far_row
+            if tail_rows_ptr is not None:
+                tail_row = gl.load(tail_rows_ptr + row).to(gl.int64)
+            if sink_rows_ptr is not None:
+                sink_row = gl.load(sink_rows_ptr + row).to(gl.int64)
             exact_tokens(
                 q_ptr, kv_head, head, begin, gl.minimum(begin + C.exact_tokens, exact), exact, length, page_tokens,
-                start, tail_key_ptr + far_row * tail_batch, tail_value_ptr + far_row * tail_batch,
-                sink_key_ptr + far_row * sink_batch, sink_value_ptr + far_row * sink_batch, part_ptr, lse_ptr, part,
+                start, tail_key_ptr + tail_row * tail_batch, tail_value_ptr + tail_row * tail_batch,
+                sink_key_ptr + sink_row * sink_batch, sink_value_ptr + sink_row * sink_batch, part_ptr, lse_ptr, part,
                 q_head, tail_head, tail_token, sink_head, sink_token, tail_capacity, window, softcap, qscale,
                 C, RING, SINKS, WINDOW, SOFTCAP,
             )  # fmt: skip

@@ -41,14 +41,17 @@ class KernelView:
     sink_key: Tensor | None
     sink_value: Tensor | None
     ring: bool
+    tail_rows: Tensor | None = None
+    sink_rows: Tensor | None = None
 
     @classmethod
     def of_paged(cls, kv: PagedKV) -> "KernelView":
         """A view of a paged cache."""
         groups = tuple(Group(g.layout, g.heads, g.pool, g.table, 0) for g in kv.groups)
         return cls(
-            groups, kv.lengths, kv.page_tokens, None, kv.tail_key, kv.tail_value, kv.sink_key, kv.sink_value, True
-        )
+            groups, kv.lengths, kv.page_tokens, None, kv.tail_key, kv.tail_value, kv.sink_key, kv.sink_value, True,
+            kv.tail_rows, kv.sink_rows,
+        )  # fmt: skip
 
     @classmethod
     def of_cached(cls, kv: CachedKV) -> "KernelView":
@@ -150,6 +153,8 @@ def _launch(
         view.tail_value,
         sink_key,
         sink_value,
+        view.tail_rows,
+        view.sink_rows if view.sink_key is not None else None,
     )
     table_strides = (0, group.room) if group.table is None else (group.table.stride(0), group.table.stride(1))
     softcap = (request.softcap or 1.0) * math.log2(math.e)

@@ -34,7 +34,7 @@ from turboattention.ops.decode.work import row_programs, sequence_work
 )  # fmt: skip
 def attend_kernel(
     q_ptr, pool_ptr, table_ptr, lengths_ptr, page_tokens_ptr, starts_ptr, heads_ptr,
-    tail_key_ptr, tail_value_ptr, sink_key_ptr, sink_value_ptr, part_ptr, lse_ptr,
+    tail_key_ptr, tail_value_ptr, sink_key_ptr, sink_value_ptr, tail_rows_ptr, sink_rows_ptr, part_ptr, lse_ptr,
     q_batch, q_head, q_query, table_batch, table_head, tail_batch, tail_head, tail_token, sink_batch, sink_head,
     sink_token, tail_capacity, batch, heads, programs, ratio, queries, window, softcap, qscale,
     C: tl.constexpr, BATCH: tl.constexpr, PAGED: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr,
@@ -107,13 +107,18 @@ def attend_kernel(
             )  # fmt: skip
         else:
             begin = index * EXACT
+            tail_row, sink_row = far_row, far_row
+            if tail_rows_ptr is not None:
+                tail_row = tl.load(tail_rows_ptr + row).to(tl.int64)
+            if sink_rows_ptr is not None:
+                sink_row = tl.load(sink_rows_ptr + row).to(tl.int64)
             _exact(
                 q_rows, begin, tl.minimum(begin + EXACT, exact), exact, length, page_tokens, start, oldest, newest,
                 real,
-                tail_key_ptr + far_row * tail_batch + far_head * tail_head,
-                tail_value_ptr + far_row * tail_batch + far_head * tail_head,
-                sink_key_ptr + far_row * sink_batch + far_head * sink_head,
-                sink_value_ptr + far_row * sink_batch + far_head * sink_head,
+                tail_key_ptr + tail_row * tail_batch + far_head * tail_head,
+                tail_value_ptr + tail_row * tail_batch + far_head * tail_head,
+                sink_key_ptr + sink_row * sink_batch + far_head * sink_head,
+                sink_value_ptr + sink_row * sink_batch + far_head * sink_head,
                 part_ptr, lse_ptr, part, tail_token, sink_token, tail_capacity, queries, window, softcap, qscale,
                 C, RING, SINKS, WINDOW, SOFTCAP,
             )  # fmt: skip
