@@ -1,0 +1,151 @@
+"""Attention of one layer inside vLLM: append the new tokens, then read pages, open page and sinks."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from turboattention.errors import UnsupportedError
+from turboattention.integrations.vllm.chunks import attend_chunks
+from turboattention.integrations.vllm.metadata import Lengths, TurboMetadata, pool_rows
+from turboattention.integrations.vllm.pool import OpenPages
+from turboattention.integrations.vllm.report import note_layer
+from turboattention.integrations.vllm.settings import page_layout, remember, resolve_policy
+from turboattention.ops.append import paged_append_for
+from turboattention.ops.prefill.over_cache import over_cache
+
+
+class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  # vLLM is absent where types are checked
+    """The layer's open pages and the order of its operations."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        """Arguments as every backend of vLLM. Raises UnsupportedError for what this one does not compute."""
+        refuse(
+            ("ALiBi", alibi_slopes is not None),
+            ("a sliding window", sliding_window is not None),
+            ("soft-capped scores", bool(logits_soft_cap)),
+            (f"attention of type {attn_type}", attn_type != AttentionType.DECODER),
+            ("layers that read another layer's cache", kv_sharing_target_layer_name is not None),
+            ("attention sinks of the model", extra.get("sinks") is not None),
+        )
+        config = get_current_vllm_config()
+        refuse(("speculative decoding", config.speculative_config is not None))
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads, kv_cache_dtype
+        self.policy = resolve_policy(kv_cache_dtype, config.additional_config)
+        remember(self.policy)
+        layout = page_layout(self.policy.cache, head_size)
+        # Here, because vLLM counts what is allocated before it measures the memory left for pages.
+        device = torch.empty(0).device
+        self.pages = OpenPages.allocate(
+            layout, pool_rows(config), num_kv_heads, torch.get_default_dtype(), device
+        )  # fmt: skip
+        self._append = paged_append_for([layout], device)
+        if device.type == "cuda":
+            from turboattention.ops.decode.launch import heads_tensor  # needs Triton
+
+            heads_tensor(tuple(range(num_kv_heads)), device)  # a first copy from the host can't be part of a graph
+        note_layer(self.policy, layout, self.pages, num_kv_heads)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: TurboMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Store the new tokens and write attention of ``query`` ``[tokens, heads, head_dim]`` into ``output``."""
+        if attn_metadata is None:  # a profiling run
+            return output.zero_()
+        meta = attn_metadata
+        if meta.copies is not None and self.pages.power is not None:
+            self._copy_statistics(*meta.copies)
+        before = None
+        if meta.prefilling is not None:
+            # The open pages before the chunks, because the append overwrites them.
+            before = self._snapshot(kv_cache, meta.prefilling) if meta.has_prefix else None
+            self._append_chunks(query, key, value, kv_cache, meta)
+        count = meta.decodes
+        if count:
+            self._append_tokens(query[:count], key[:count], value[:count], kv_cache, meta.decoding)
+            view = self.pages.view(kv_cache, meta.decoding, after=True)
+            found = over_cache(query[:count].unsqueeze(2), view, scale=self.scale)
+            output[:count].copy_(found.out.squeeze(2))
+        if meta.prefilling is not None:
+            first, last = meta.first_token, meta.chunk_starts[-1]
+            part = slice(first, last)
+            out = attend_chunks(query[part], key[part], value[part], before, meta, self.scale, self.policy.attention)
+            output[part].copy_(out)
+        return output
+
+    def _copy_statistics(self, source: Tensor, target: Tensor) -> None:
+        power = self.pages.power
+        assert power is not None  # the caller has looked
+        power[-1] = 0.0
+        power[target] = power[source]
+
+    def _snapshot(self, kv_cache: Tensor, numbers: Lengths) -> Any:
+        view = self.pages.view(kv_cache, numbers, after=False)
+        return replace(
+            view, tail_key=view.tail_key[numbers.rows], tail_value=view.tail_value[numbers.rows], tail_rows=None
+        )  # fmt: skip
+
+    def _append_tokens(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, numbers: Lengths) -> None:
+        """One token of each sequence."""
+        if self.pages.power is not None:
+            squares = query.float().square().unflatten(1, (self.num_kv_heads, -1)).sum(2)
+            self.pages.power.index_add_(0, numbers.rows, squares)
+        self._append(
+            self.pages.view(kv_cache, numbers, after=False), key.unsqueeze(2), value.unsqueeze(2), when="after",
+            fault=numbers.fault, counts=numbers.counts, query_power=self.pages.power,
+        )  # fmt: skip
+
+    def _append_chunks(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, meta: TurboMetadata) -> None:
+        """The chunks of prompts, one after the other."""
+        numbers, power = meta.prefilling, self.pages.power
+        assert numbers is not None  # the caller has looked
+        assert meta.fresh is not None  # always beside it
+        starts = meta.chunk_starts
+        for i, (first, last) in enumerate(pairwise(starts)):
+            if last == first:
+                continue
+            one = numbers.part(i, i + 1)
+            if power is not None:
+                # The norm reads 16 bits and adds in 32 without a copy of the queries.
+                norm = torch.linalg.vector_norm(query[first:last], dim=0, dtype=torch.float32)
+                squares = norm.square().unflatten(0, (self.num_kv_heads, -1)).sum(1)[None]
+                rows = one.rows.long()
+                power.index_copy_(0, rows, power.index_select(0, rows) * meta.fresh[i : i + 1] + squares)
+            self._append(
+                self.pages.view(kv_cache, one, after=False), key[first:last].transpose(0, 1)[None],
+                value[first:last].transpose(0, 1)[None], when="after", fault=one.fault, query_power=power,
+            )  # fmt: skip
+
+
+def refuse(*reasons: tuple[str, bool]) -> None:
+    """Raise UnsupportedError for the first reason that holds."""
+    for reason, holds in reasons:
+        if holds:
+            raise UnsupportedError(f"backend TURBO_ATTENTION: {reason} is not supported; use another attention backend")

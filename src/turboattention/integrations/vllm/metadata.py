@@ -1,0 +1,191 @@
+"""What a step of the engine is, in the terms of the operators; made once for all layers, outside of CUDA graphs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from turboattention.errors import UnsupportedError
+from turboattention.integrations.vllm.rows import RowMap
+from turboattention.integrations.vllm.settings import PAGE_TOKENS
+
+OLD_RUNNER_SPARE = 4  # rows for each sequence of the older runner, whose rows are found again by their blocks
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Numbers of some sequences before and after their new tokens, int32 ``[sequences]`` on the device.
+
+    before, after: tokens. paged_before, paged_after: those of them in full pages. counts: new tokens.
+    rows: of the open-page pool. sinks: the first block, whose pages hold the exact first tokens.
+    table: int32 ``[sequences, kv_heads, blocks]``, pages of the pool. fault: gets the bits of `append_paged`.
+    """
+
+    before: Tensor
+    after: Tensor
+    paged_before: Tensor
+    paged_after: Tensor
+    counts: Tensor
+    rows: Tensor
+    sinks: Tensor
+    table: Tensor
+    fault: Tensor
+
+    def part(self, first: int, last: int) -> "Lengths":
+        """Sequences ``first .. last - 1``."""
+        return Lengths(*(getattr(self, name)[first:last] for name in self.__dataclass_fields__))
+
+
+@dataclass
+class TurboMetadata(AttentionMetadata):  # type: ignore[misc]  # vLLM is not installed where types are checked
+    """A batch: sequences of one new token first, then chunks of prompts.
+
+    decodes: how many of the former; decoding: their numbers. prefilling: of the others, None without.
+    first_token: of the chunks in the packed tensors. tokens: all new tokens. chunk_starts: where each chunk begins
+    and ends among the packed tokens, on the host. cu: the same, int32 on the device, from 0.
+    longest: chunk. has_prefix: whether any chunk has tokens before it.
+    fresh: float32 ``[chunks, 1, 1]``, 0 where a row of the pool begins anew, else 1.
+    copies: rows of query statistics to copy before the step (older runner): from, to.
+    """
+
+    decodes: int
+    decoding: Lengths
+    tokens: int
+    prefilling: Lengths | None = None
+    first_token: int = 0
+    chunk_starts: tuple[int, ...] = ()
+    cu: Tensor | None = None
+    longest: int = 0
+    has_prefix: bool = False
+    fresh: Tensor | None = None
+    copies: tuple[Tensor, Tensor] | None = None
+
+
+class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ignore[misc]  # as above
+    """Builds `TurboMetadata` in buffers that keep their addresses, because captured graphs read them."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold = 1
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        self.kv_heads = int(kv_cache_spec.num_kv_heads)
+        sequences = int(vllm_config.scheduler_config.max_num_seqs)
+        self.spare_row = pool_rows(vllm_config) - 1
+        self._map = None if has_stable_rows(vllm_config) else RowMap(self.spare_row)
+        if self._map is not None and device.type != "cpu":
+            raise UnsupportedError("vLLM's older model runner on a GPU: rows of the open pages need the newer one")
+        # The numbers of `Lengths`; a captured batch may be padded a little beyond max_num_seqs.
+        self._numbers = torch.zeros(8, -(-sequences // 64) * 64, dtype=torch.int32, device=device)
+        self._table: Tensor | None = None
+        self._heads = torch.arange(self.kv_heads, dtype=torch.int32, device=device)[:, None]
+        self._ends: dict[int, int] = {}  # tokens after the last chunk of each row, to know when a row begins anew
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TurboMetadata:
+        common: Any = common_attn_metadata
+        count = int(common.num_reqs)
+        starts: np.ndarray[Any, Any] = common.query_start_loc_cpu[: count + 1].numpy()
+        new = np.diff(starts)
+        longer = np.flatnonzero(new > 1)
+        decodes = int(longer[0]) if len(longer) else count
+        seen = common.seq_lens_cpu_upper_bound
+        ends = None if seen is None else seen[:count].numpy()
+        numbers, copies = self._fill(common, count, new, ends)
+        meta = TurboMetadata(decodes, numbers.part(0, decodes), int(common.num_actual_tokens), copies=copies)
+        if decodes < count:
+            meta.prefilling = numbers.part(decodes, count)
+            meta.first_token = int(starts[decodes])
+            meta.chunk_starts = tuple(int(x) for x in starts[decodes:])
+            meta.cu = (common.query_start_loc[decodes : count + 1] - meta.first_token).to(torch.int32)
+            meta.longest = int(new[decodes:].max())
+            meta.has_prefix = ends is None or bool((ends[decodes:] > new[decodes:]).any())
+            meta.fresh = self._fresh(common.req_idx, decodes, count, new, ends)
+        return meta
+
+    def _fill(
+        self, common: Any, count: int, new: "np.ndarray[Any, Any]", ends: "np.ndarray[Any, Any] | None"
+    ) -> tuple[Lengths, tuple[Tensor, Tensor] | None]:
+        """The device's numbers of all sequences, by operations that do not wait for it."""
+        if count > self._numbers.shape[1]:
+            raise UnsupportedError(f"vLLM: a batch of {count} sequences, more than max_num_seqs; use smaller graphs")
+        before, after, paged_before, paged_after, counts, rows, sinks, fault = self._numbers[:, :count]
+        table = common.block_table_tensor[:count]
+        after.copy_(common.seq_lens[:count])
+        torch.sub(common.query_start_loc[1 : count + 1], common.query_start_loc[:count], out=counts)
+        # Padding has no tokens, whatever an earlier batch left in its length.
+        after.mul_(counts > 0)
+        torch.sub(after, counts, out=before)
+        for tokens, paged in ((before, paged_before), (after, paged_after)):
+            torch.div(tokens, PAGE_TOKENS, rounding_mode="floor", out=paged).mul_(PAGE_TOKENS)
+        sinks.copy_(table[:, 0])
+        if self._table is None or self._table.shape[-1] != table.shape[1]:
+            shape = (self._numbers.shape[1], self.kv_heads, table.shape[1])
+            self._table = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        pages = self._table[:count]
+        torch.mul(table[:, None].expand_as(pages), self.kv_heads, out=pages).add_(self._heads)
+        copies = None
+        if self._map is None:
+            index = np.full(count, self.spare_row, dtype=np.int32)
+            if common.req_idx is not None:
+                known = common.req_idx[:count]
+                index[: len(known)] = known
+            rows.copy_(torch.from_numpy(index), non_blocking=True)
+        else:
+            copies = self._rows_by_blocks(rows, before.tolist(), after.tolist(), table, new)
+        return Lengths(before, after, paged_before, paged_after, counts, rows, sinks, pages, fault), copies
+
+    def _rows_by_blocks(
+        self, rows: Tensor, before: list[int], after: list[int], table: Tensor, new: "np.ndarray[Any, Any]"
+    ) -> tuple[Tensor, Tensor]:
+        assert self._map is not None  # the caller's case
+        real = [i for i in range(len(before)) if new[i] > 0]
+        blocks = [table[i].tolist() for i in real]
+        assigned = self._map.assign([before[i] for i in real], [after[i] for i in real], blocks)
+        rows.fill_(self.spare_row)
+        for i, entry in zip(real, assigned, strict=True):
+            rows[i] = entry.row
+        moved = [entry for entry in assigned if entry.row != entry.source]
+        source = [self.spare_row if entry.source is None else entry.source for entry in moved]
+        return torch.tensor(source, dtype=torch.int64), torch.tensor([entry.row for entry in moved], dtype=torch.int64)
+
+    def _fresh(
+        self,
+        req_idx: "np.ndarray[Any, Any] | None",
+        first: int,
+        count: int,
+        new: "np.ndarray[Any, Any]",
+        ends: "np.ndarray[Any, Any] | None",
+    ) -> Tensor:
+        """0 for chunks whose row held another request before; the older runner says that by its copies."""
+        keep = np.ones(count - first, dtype=np.float32)
+        if req_idx is not None and ends is not None:
+            for i in range(first, min(count, len(req_idx))):
+                row, end = int(req_idx[i]), int(ends[i])
+                keep[i - first] = self._ends.get(row) == end - int(new[i])
+                self._ends[row] = end
+        fresh: Tensor = torch.from_numpy(keep).to(self.device, non_blocking=True)[:, None, None]
+        return fresh
+
+
+def has_stable_rows(vllm_config: Any) -> bool:
+    """Whether the runner says which row of its state each sequence has (Model Runner V2)."""
+    from vllm.platforms import current_platform
+
+    return bool(getattr(vllm_config, "use_v2_model_runner", False)) and not current_platform.is_cpu()
+
+
+def pool_rows(vllm_config: Any) -> int:
+    """Rows of the open-page pool: one for each sequence and one for padding."""
+    sequences = int(vllm_config.scheduler_config.max_num_seqs)
+    return (sequences if has_stable_rows(vllm_config) else OLD_RUNNER_SPARE * sequences) + 1

@@ -1,0 +1,97 @@
+"""From vLLM's options to a policy and a page layout, or a refusal with its reason."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from turboattention.config import get_preset, presets
+from turboattention.errors import UnsupportedError, invalid
+from turboattention.ops.append import supports
+from turboattention.ops.dispatch import without_portable
+from turboattention.policy import Policy
+from turboattention.quant.layout import PageLayout
+
+PAGE_TOKENS = 64  # of a kernel block
+SECTION = "turboattention"  # of vLLM's --additional-config
+DTYPES = ("turbo_int4", "turbo_k4v2", "turbo_int2")
+
+
+class _Engine:
+    """The policy of the engine in this process: vLLM asks for page sizes outside of its configuration's context."""
+
+    policy: Policy | None = None
+
+
+def remember(policy: Policy) -> None:
+    """The engine whose layers are being made uses this policy."""
+    _Engine.policy = policy
+
+
+def remembered() -> Policy:
+    """What `remember` was told last; raises UnsupportedError before that."""
+    if _Engine.policy is None:
+        raise UnsupportedError("vLLM: asked for a page size before any layer was made")
+    return _Engine.policy
+
+
+def policy_of_dtype(dtype: str) -> Policy:
+    """The policy that a KV dtype of this plugin stands for."""
+    turbo4, turbo2 = get_preset("turbo4"), get_preset("turbo2")
+    known = {
+        "turbo_int4": Policy.from_preset(turbo4),
+        "turbo_k4v2": Policy("turbo_k4v2", replace(turbo4.cache, value=turbo2.cache.value), turbo4.attention),
+        "turbo_int2": Policy.from_preset(turbo2),
+    }
+    if dtype not in known:
+        raise invalid("kv-cache-dtype", f"one of {', '.join(DTYPES)}", repr(dtype))
+    return known[dtype]
+
+
+def resolve_policy(dtype: str, additional_config: object) -> Policy:
+    """The policy of an engine: the file or preset of ``additional_config``, else what the KV dtype stands for.
+
+    dtype: vLLM's KV cache dtype; ``auto`` (the CPU tests) needs a policy in ``additional_config``.
+    Raises InvalidInputError for unknown keys and unreadable files, UnsupportedError for a policy that pages of an
+    engine can't hold.
+    """
+    section: Any = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(section, Mapping) or set(section) - {"policy"}:
+        raise invalid(f"additional-config {SECTION!r}", '{"policy": preset or file}', section)
+    named = section.get("policy")
+    if named is None:
+        return policy_of_dtype(dtype)
+    policy = Policy.from_preset(named) if named in presets() else Policy.load(Path(str(named)))
+    check_policy(policy)
+    return policy
+
+
+def check_policy(policy: Policy) -> None:
+    """Raise UnsupportedError with the reason unless every page of every layer can look the same and be read."""
+    cache = policy.cache
+    reasons = (
+        (cache.page_size != PAGE_TOKENS, f"pages of {cache.page_size} tokens, not {PAGE_TOKENS}"),
+        (cache.recent_window > 0, "a recent window"),
+        (cache.open_page != "exact" or cache.low_priority_heads > 0, "the paper's clamped buffer or mixed heads"),
+        (bool(policy.overrides), "overrides: all pages of an engine have the same format"),
+        (not policy.attention.plain, policy.attention.described),
+    )
+    for refused, reason in reasons:
+        if refused:
+            raise UnsupportedError(f"vLLM with policy {policy.name!r}: {reason}; use a turbo preset")
+
+
+@lru_cache(maxsize=64)
+def page_layout(policy_cache: Any, head_dim: int) -> PageLayout:
+    """The layout of a page with the exact sinks of its sequence behind the codes.
+
+    policy_cache: the policy's CacheConfig. Raises UnsupportedError for formats that the kernels don't read or write.
+    """
+    layout = PageLayout(
+        policy_cache.page_size, head_dim, policy_cache.key, policy_cache.value, policy_cache.sink_tokens
+    )
+    reason = supports(layout) or without_portable(layout)
+    if reason:
+        raise UnsupportedError(f"vLLM: {reason}; use a turbo preset or int8")
+    return layout
