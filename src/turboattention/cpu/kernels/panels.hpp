@@ -62,48 +62,69 @@ static inline Lanes add_signed(Lanes sum, Lanes a, Lanes b) {
 #endif
 
 constexpr int PARTS = PANEL_STEP / (int)sizeof(Lanes); // vectors of a panel
+constexpr int COLUMNS = (int)sizeof(Lanes) / 4;        // of a vector
 constexpr int SIGNED_BYTES = PAIRS ? 2 : 1;            // of one number of a product of signed ones
 
-// Sums of R rows and N panels, from `first` (what the sums begin with, for each column, or NULL) to `take(r, column,
-// lanes)`, column counted from the first panel.
-template <int R, int N, bool SIGNED, class Take>
-static inline void panel_tile(const uint8_t *a, int64_t a_stride, const uint8_t *b, int64_t b_stride, int steps,
-                              const int32_t *first, Take take) {
-    constexpr int C = N * PARTS, COLUMNS = (int)sizeof(Lanes) / 4;
+// Sums of R rows and N panels: sums[r][column]. `first`: what the sums of each column begin with, or NULL. A function of
+// its own, or the compiler runs out of registers among those of the caller.
+template <int R, int N, bool SIGNED>
+static __attribute__((noinline)) void panel_tile(const uint8_t *a, int64_t a_stride, const uint8_t *b, int64_t b_stride,
+                                                 int steps, const int32_t *first, int32_t *sums) {
+    constexpr int C = N * PARTS;
     Lanes sum[R][C];
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) {
         const Lanes begin = first ? lanes_at(first + c * COLUMNS) : Lanes{};
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++) sum[r][c] = begin;
     }
     for (int i = 0; i < steps; i++) {
         Lanes column[C];
+#pragma GCC unroll 16
         for (int c = 0; c < C; c++)
             column[c] = lanes_at(b + c / PARTS * b_stride + i * PANEL_STEP + c % PARTS * (int)sizeof(Lanes));
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             const Lanes x = spread4(a + r * a_stride + 4 * i);
+#pragma GCC unroll 16
             for (int c = 0; c < C; c++)
                 sum[r][c] = SIGNED ? add_signed(sum[r][c], x, column[c]) : add_bytes(sum[r][c], x, column[c]);
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) take(r, c * COLUMNS, sum[r][c]);
+#pragma GCC unroll 16
+        for (int c = 0; c < C; c++) put_lanes(sums + r * N * PANEL + c * COLUMNS, sum[r][c]);
+}
+
+template <int N, bool SIGNED, class Take>
+static inline void panel_strip(const uint8_t *a, int64_t a_stride, int rows, const uint8_t *b, int64_t b_stride,
+                               int steps, const int32_t *first, Take take) {
+    int32_t sums[ROWS * N * PANEL];
+    for (int r = 0; r < rows; r += ROWS) {
+        panel_tile<ROWS, N, SIGNED>(a + r * a_stride, a_stride, b, b_stride, steps, first, sums);
+        for (int i = 0; i < ROWS; i++)
+            for (int c = 0; c < N * PANEL; c += COLUMNS) take(r + i, c, lanes_at(sums + i * N * PANEL + c));
+    }
 }
 
 // All of `rows` (a multiple of 4) and `panels`; `take(row, column, lanes)` gets each vector of sums once.
 template <bool SIGNED, class Take>
 static inline void panel_products(const uint8_t *a, int64_t a_stride, int rows, const uint8_t *b, int64_t b_stride,
                                   int panels, int steps, const int32_t *first, Take take) {
-    int p = 0;
-    for (; p + PANELS <= panels; p += PANELS)
-        for (int r = 0; r < rows; r += ROWS)
-            panel_tile<ROWS, PANELS, SIGNED>(a + r * a_stride, a_stride, b + p * b_stride, b_stride, steps,
-                                             first ? first + p * PANEL : nullptr,
-                                             [&](int i, int c, Lanes x) { take(r + i, p * PANEL + c, x); });
-    for (; p < panels; p++)
-        for (int r = 0; r < rows; r += ROWS)
-            panel_tile<ROWS, 1, SIGNED>(a + r * a_stride, a_stride, b + p * b_stride, b_stride, steps,
-                                        first ? first + p * PANEL : nullptr,
-                                        [&](int i, int c, Lanes x) { take(r + i, p * PANEL + c, x); });
+    for (int p = 0; p < panels;) {
+        const int column = p * PANEL;
+        const int32_t *begin = first ? first + column : nullptr;
+        const uint8_t *from = b + p * b_stride;
+        auto moved = [&](int r, int c, Lanes x) { take(r, column + c, x); };
+        if (p + PANELS <= panels) {
+            panel_strip<PANELS, SIGNED>(a, a_stride, rows, from, b_stride, steps, begin, moved);
+            p += PANELS;
+        } else {
+            panel_strip<1, SIGNED>(a, a_stride, rows, from, b_stride, steps, begin, moved);
+            p++;
+        }
+    }
 }
 
 } // namespace TA_ISA
