@@ -10,7 +10,7 @@ Quality is of each engine against its own 16-bit cache on the same tokens.
 
 import csv
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -96,10 +96,9 @@ def llama_logits(path: Path, cache: str, ids: list[int], threads: int) -> Tensor
     return logits
 
 
-def speed_rows(model: LoadedModel, path: Path, contexts: list[int], threads: int) -> list[Row]:
-    """Every cache of both engines at every context, in turn."""
+def speed_rows(model: LoadedModel, path: Path, contexts: list[int], threads: int) -> Iterator[Row]:
+    """Every cache of both engines at every context, in turn. llama.cpp reads a long prompt slowly on a CPU."""
     ids = windows(model.tokenizer, [TEXT], max(contexts), None)[0].tolist()
-    rows: list[Row] = []
     short: dict[tuple[str, str | None], float] = {}
     for context in (SHORT, *contexts):
         for engine, caches in (("llama.cpp", tuple(TYPES)), ("transformers", (None, "turbo4"))):
@@ -112,9 +111,7 @@ def speed_rows(model: LoadedModel, path: Path, contexts: list[int], threads: int
                 added = ms - short.setdefault((engine, cache), ms)
                 row = {"engine": engine, "cache": cache or "float32", "context": context, "ms_per_token": f"{ms:.4g}"}
                 row |= {"prefill_tokens_per_s": f"{context / seconds:.4g}", "added_ms": f"{added:.4g}"}
-                rows.append(row | {"bits_per_value": BITS.get(str(cache), "" if cache else 32)})
-                print(row, flush=True)
-    return rows
+                yield row | {"bits_per_value": BITS.get(str(cache), "" if cache else 32)}
 
 
 def quality_rows(model: LoadedModel, path: Path, tokens: int, threads: int) -> list[Row]:
@@ -165,15 +162,16 @@ def main(
         "text": TEXT, "threads": threads, "device": known["cpu"], "torch": torch.__version__, "date": known["date"],
         "llama_cpp_python": metadata.version("llama-cpp-python"), "turboattention": __version__,
     }  # fmt: skip
-    with torch.inference_mode():
-        rows = quality_rows(model, path, tokens, threads) if tokens else []
-        rows += speed_rows(model, path, context or [4096, 8000], threads)
     fresh = not out.exists()
-    with out.open("a", newline="", encoding="utf-8") as file:
+    with out.open("a", newline="", encoding="utf-8", buffering=1) as file, torch.inference_mode():
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         if fresh:
             writer.writeheader()
-        writer.writerows(common | row for row in rows)
+        for row in quality_rows(model, path, tokens, threads) if tokens else []:
+            writer.writerow(common | row)
+        for row in speed_rows(model, path, context or [4096, 8000], threads):
+            print(row, flush=True)
+            writer.writerow(common | row)
 
 
 if __name__ == "__main__":

@@ -84,10 +84,11 @@ def append_paged(
         )  # fmt: skip
         put_rows_back(kv, own)
         return
-    key = (key if rope is None else paged.rotate_positions(key, *rope)).to(stored)
+    key = key if rope is None else paged.rotate_positions(key, *rope)
+    key, value = (x if x.dtype == stored else x.to(stored) for x in (key, value))
     batch, heads, tokens, _ = key.shape
     alive: list[Tensor] = []  # until the call has returned
-    new = (*structs.view_of(key, alive), *structs.view_of(value.to(stored), alive))
+    new = (*structs.view_of(key, alive), *structs.view_of(value, alive))
     tails = (*structs.view_of(kv.tail_key, alive), *structs.view_of(kv.tail_value, alive))
     sinks, sink_key, sink_value = 0, structs.NO_TENSOR, structs.NO_TENSOR
     if kv.sink_key is not None and kv.sink_value is not None:

@@ -60,6 +60,8 @@ class PagedKV:
 
 def with_own_rows(kv: PagedKV) -> PagedKV:
     """The same cache with row b of the tail and of the sinks for sequence b: copies where it had others."""
+    if kv.tail_rows is None and kv.sink_rows is None:
+        return kv
     tail_key, tail_value, sink_key, sink_value = kv.tail_key, kv.tail_value, kv.sink_key, kv.sink_value
     if kv.tail_rows is not None:
         tail_key, tail_value = tail_key[kv.tail_rows], tail_value[kv.tail_rows]
@@ -78,7 +80,8 @@ def put_rows_back(kv: PagedKV, own: PagedKV) -> None:
         kv.tail_value[kv.tail_rows] = own.tail_value
     if kv.sink_rows is None or kv.sink_key is None or kv.sink_value is None:
         return
-    assert own.sink_key is not None and own.sink_value is not None  # as those of kv
+    assert own.sink_key is not None  # as those of kv
+    assert own.sink_value is not None
     young = kv.page_tokens == 0
     kv.sink_key[kv.sink_rows[young]] = own.sink_key[young]
     kv.sink_value[kv.sink_rows[young]] = own.sink_value[young]
