@@ -51,7 +51,7 @@ def engine(model: Path, kv: str, **options: Any) -> Any:
         from turboattention.integrations.vllm import register
 
         register()
-        options |= {"attention_config": {"backend": "TURBO_ATTENTION"}, "block_size": 64}
+        options |= {"attention_backend": "TURBO_ATTENTION", "block_size": 64}
     return LLM(
         model=str(model), skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype=kv, disable_log_stats=True,
         **options,
