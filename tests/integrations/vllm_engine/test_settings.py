@@ -1,0 +1,65 @@
+"""Policies and page layouts of an engine, and what is refused; needs no vLLM."""
+
+from pathlib import Path
+
+import pytest
+
+from turboattention.config import get_preset
+from turboattention.errors import InvalidInputError, UnsupportedError
+from turboattention.integrations.vllm.settings import DTYPES, page_layout, resolve_policy
+from turboattention.policy import Override, Policy
+
+
+@pytest.mark.parametrize(("dtype", "key", "value"), [("turbo_int4", 4, 4), ("turbo_k4v2", 4, 2), ("turbo_int2", 2, 2)])
+def test_dtypes(dtype: str, key: int, value: int):
+    cache = resolve_policy(dtype, {}).cache
+    assert (cache.key.bits, cache.value.bits) == (key, value)
+    assert dtype in DTYPES
+
+
+def test_policy_of_the_configuration(tmp_path: Path):
+    file = tmp_path / "policy.json"
+    Policy.from_preset("int8").save(file)
+    for named in ("int8", str(file)):
+        assert resolve_policy("turbo_int4", {"turboattention": {"policy": named}}).name == "int8"
+
+
+@pytest.mark.parametrize("section", [{"polcy": "turbo4"}, "turbo4"])
+def test_unknown_configuration(section: object):
+    with pytest.raises(InvalidInputError, match="additional-config"):
+        resolve_policy("turbo_int4", {"turboattention": section})
+
+
+def test_unknown_dtype():
+    with pytest.raises(InvalidInputError, match="turbo_int4"):
+        resolve_policy("auto", {})
+
+
+@pytest.mark.parametrize("preset", ["paper4", "kivi4"])
+def test_presets_that_pages_of_an_engine_cannot_hold(preset: str):
+    with pytest.raises(UnsupportedError, match="turbo preset"):
+        resolve_policy("turbo_int4", {"turboattention": {"policy": preset}})
+
+
+def test_overrides_are_refused(tmp_path: Path):
+    file = tmp_path / "policy.json"
+    Policy("mine", get_preset("turbo4").cache, overrides=(Override(8, layer=0),)).save(file)
+    with pytest.raises(UnsupportedError, match="overrides"):
+        resolve_policy("turbo_int4", {"turboattention": {"policy": str(file)}})
+
+
+@pytest.mark.parametrize(("preset", "head_dim"), [("turbo4", 128), ("turbo2", 64), ("int8", 256)])
+def test_page_is_whole_bytes_a_token_with_the_sinks_inside(preset: str, head_dim: int):
+    layout = page_layout(get_preset(preset).cache, head_dim)
+    assert layout.nbytes % 64 == 0
+    keys, values = layout.regions["sink_key"], layout.regions["sink_value"]
+    assert keys.nbytes == values.nbytes == 2 * head_dim
+    assert values.offset + values.nbytes <= layout.nbytes
+    # No other region, and no padding that the kernels write, reaches into them.
+    assert all(r.offset + r.nbytes <= keys.offset for name, r in layout.regions.items() if "sink" not in name)
+    assert all(end <= keys.offset or start >= values.offset + values.nbytes for start, end in layout.gaps)
+
+
+def test_presets_without_a_kernel():
+    with pytest.raises(UnsupportedError, match="not 16"):
+        page_layout(get_preset("fp16").cache, 128)
