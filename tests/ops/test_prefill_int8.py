@@ -264,10 +264,16 @@ def test_kernels_compile_to_integer_matrix_instructions_with_few_spills() -> Non
         assert matrix, name
         assert integer is None or matrix == integer, name
         assert integer is not None or all("i8" in op for op in matrix), name
-        # What is spilled today, so that it does not grow: outputs of 256 channels do not fit registers, Hopper keeps
-        # a few addresses of its 240 outside, the newest two targets a few registers at 128 channels.
+        if row["name"].startswith("hopper"):
+            assert row["spills"] == 0, name
+            # Two products start and two are waited for. The assembler can also make each of their 8 instructions wait
+            # for the one before; it then says so only in a note.
+            assert row["loop_mnemonics"]["WARPGROUP"] == 4, name
+            assert row["loop_instructions"] <= 840, name
+        # What is spilled today, so that it does not grow: outputs of 256 channels do not fit registers, and the newest
+        # two targets keep a few registers of 128 channels outside.
         newest = row["target"] in ("sm_100", "sm_120")
-        known = (("256", 100), ("hopper-128", 28), ("attention-128", 4 if newest else 0))
+        known = (("256", 100), ("attention-128", 4 if newest else 0))
         limit = next((most for part, most in known if part in row["name"]), 0)
         assert row["loop_spills"] <= limit, name
 
@@ -282,7 +288,8 @@ def test_hopper_kernel(rows: int, tokens: int, dim: int, causal: bool) -> None:
     from turboattention.ops.prefill import hopper
 
     q, k, v = tensors(8, 2, rows, tokens, dim, batch=2)
+    # The kernel quantises q itself, and must come to the codes of the chunk that it is judged by.
     chunk = int8_prepass.quantise_chunk(q, k, v, dim**-0.5)
     out, lse = torch.full_like(q, torch.nan), q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
-    hopper.attention(chunk, out, lse, causal=causal)
+    hopper.attention(q, chunk, out, lse, dim**-0.5, causal=causal)
     assert_agrees(chunk, out, lse, causal)

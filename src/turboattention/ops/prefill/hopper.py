@@ -1,20 +1,18 @@
 """INT8 prefill for Hopper (sm_90) in Gluon: two warpgroups of 64 rows compute, one warp loads K and V by TMA.
 
-The products of neighbouring tiles overlap: Q K of the next tile and P V of this one are issued together, and P V runs
-under the softmax of the next tile. Same operands and same arithmetic as `int8_triton`, except that the output is
-rescaled only when a row's maximum grows by 2^60 (float32 has the range), in a branch that single warps take.
+In a warpgroup the product Q K of the next tile runs while P V of the tile before is added to the output, and P V of
+this tile runs while the maxima of the next scores are sought. With head_dim 128 the two warpgroups take turns in the
+exponentials. Same arithmetic as `int8_triton`, except that the output is rescaled only when a row's maximum grows by
+2^60 (float32 has the range), in a branch that single warps take, and that queries are quantised here.
 """
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 # Triton has no annotations, and its kernels are compiled from untyped Python.
 
-import math
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -22,36 +20,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from turboattention.ops.prefill.hopper_rows import read_queries, write_rows
 from turboattention.ops.prefill.hopper_tile import (
     FIRST_BASE,
-    LOG2_LEVELS,
     ROWS,
     TOKENS,
     add_product,
     await_turn,
+    exponents,
     hide,
     integers,
     output_layout,
     pass_turn,
-    exponents,
     probabilities,
-    quantise_queries,
     references,
     rescale,
     row_sums,
     score_factor,
     scores_layout,
 )
-from turboattention.ops.prefill import int8
 from turboattention.ops.prefill.int8 import Int8Chunk
 from turboattention.ops.prefill.sequences import BLOCK
 
+# Triton 3.9 knows the copy by another name only.
+_copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 STAGES = gl.constexpr(3)
 REGISTERS = 240  # of a computing thread; the loader's share goes to it
 COMPILED_REGISTERS = 168  # times 384 threads: what a program owns before it is shared out
-LN2 = gl.constexpr(math.log(2))
-LOG2E = gl.constexpr(int8.LOG2E)
-SMALLEST = gl.constexpr(int8.SMALLEST)
 
 
 @gluon.jit
@@ -63,15 +58,15 @@ def _load(k_desc, v_desc, full, free, k_buffer, v_buffer, k_row, v_row, start_k,
         mbarrier.expect(full.index(stage), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
         # Behind the last tile it comes once more: a barrier expects the same bytes at every step.
         token = start_k + gl.minimum(i + 1, tiles - 1) * TOKENS
-        tma.async_copy_global_to_shared(k_desc, [k_row + token, 0], full.index(stage), k_buffer.index(stage))
-        tma.async_copy_global_to_shared(v_desc, [v_row, start_k + i * TOKENS], full.index(stage), v_buffer.index(stage))
+        _copy(k_desc, [k_row + token, 0], full.index(stage), k_buffer.index(stage))
+        _copy(v_desc, [v_row, start_k + i * TOKENS], full.index(stage), v_buffer.index(stage))
 
 
 @gluon.jit
 def _step(
     i, x, product, acc, total, base, old, weight, fold, q_scale, q_shared, full, free,
-    k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length,
-    NUMBER: gl.constexpr, WIDTH: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
+    k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length, clear,
+    NUMBER: gl.constexpr, WIDTH: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Probabilities and P V of tile i; scores of tile i + 1.
 
@@ -97,7 +92,7 @@ def _step(
     product = warpgroup_mma(codes, v_buffer.index(stage).permute((1, 0)), zero_o, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     factor = score_factor(q_scale, k_scale, row_layout)
-    if MASKED:
+    if i + 1 >= clear:
         s, factor = hide(s, factor, limit, length, (i + 1) * TOKENS, row_layout, CAUSAL)
     reference, base, old, weight = references(s, factor, base)
     x = exponents(s, factor, reference, operand)
@@ -108,28 +103,6 @@ def _step(
     if WIDTH == 128:
         weight = await_turn(weight, NUMBER)
     return x, product, acc, total, base, old, weight, fold
-
-
-@gluon.jit
-def _queries(
-    q_shared, q_ptr, mean_ptr, lse_ptr, stride_t, stride_d, scale, rows_left,
-    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr,
-):  # fmt: skip
-    """64 rows of Q to INT8 in shared memory; returns their scale. ``lse`` keeps scale * (q . mean of k) for the end."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
-    at = q_ptr + gl.expand_dims(row.to(gl.int64) * stride_t, 1) + gl.expand_dims(channel * stride_d, 0)
-    real = gl.expand_dims(row < rows_left, 1) & gl.expand_dims(channel < HEAD_DIM, 0)
-    q = gl.load(at, mask=real, other=0.0).to(gl.float32)
-    mean = gl.expand_dims(gl.load(mean_ptr + channel), 0)
-    gl.store(lse_ptr + row, gl.sum(q * mean, 1) * scale, mask=row < rows_left)
-    q = q * (scale * LOG2E)
-    largest = gl.maximum(gl.max(gl.max(gl.abs(q), 1), 0), SMALLEST)
-    codes, q_scale = quantise_queries(q, largest)
-    q_shared.store(codes)
-    fence_async_shared()
-    return q_scale
 
 
 @gluon.jit
@@ -148,7 +121,7 @@ def _compute(
     zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=s_layout)
     zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=o_layout)
     row_layout: gl.constexpr = gl.max(gl.max(zero_s.reshape([ROWS, TOKENS // 8, 4, 2]), 3), 1).type.layout
-    q_scale = _queries(
+    q_scale = read_queries(
         q_shared, q_ptr, mean_ptr, lse_ptr, q_stride_t, q_stride_d, scale, rows_left, HEAD_DIM, WIDTH
     )
     base = gl.full([ROWS, 4], FIRST_BASE, gl.float32, layout=row_layout)
@@ -167,16 +140,10 @@ def _compute(
     if WIDTH == 128 and NUMBER == 1:
         weight = await_turn(weight, NUMBER)
     product = zero_o
-    middle = gl.maximum(gl.minimum(clear, tiles) - 1, 0)
-    for i in range(0, middle):
+    for i in range(0, tiles - 1):
         x, product, acc, total, base, old, weight, fold = _step(
             i, x, product, acc, total, base, old, weight, fold, q_scale, q_shared, full, free,
-            k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length, NUMBER, WIDTH, False, CAUSAL,
-        )  # fmt: skip
-    for i in range(middle, tiles - 1):
-        x, product, acc, total, base, old, weight, fold = _step(
-            i, x, product, acc, total, base, old, weight, fold, q_scale, q_shared, full, free,
-            k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length, NUMBER, WIDTH, True, CAUSAL,
+            k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length, clear, NUMBER, WIDTH, CAUSAL,
         )  # fmt: skip
     last = tiles - 1
     words = probabilities(x)
@@ -192,21 +159,9 @@ def _compute(
         weight = await_turn(weight, NUMBER)
     product = warpgroup_mma_wait(0, deps=[product])
     acc = add_product(acc, product, weight * v_scale, WIDTH)
-
-    # Four threads hold parts of a row's sum and the same base.
-    total = gl.sum(total, 1)
-    base = gl.max(base, 1)
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
-    blind = base < 0.01 * FIRST_BASE
-    shift = gl.load(lse_ptr + row, mask=row < rows_left, other=0.0)
-    lse = LN2 * (base + gl.log2(total) - LOG2_LEVELS) + shift
-    gl.store(lse_ptr + row, gl.where(blind, -float("inf"), lse), mask=row < rows_left)
-    inverse = gl.convert_layout(gl.where(blind, 0.0, 1.0 / total), gl.SliceLayout(1, o_layout))
-    out = acc * gl.expand_dims(inverse, 1)
-    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, o_layout)), 1)
-    channel = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, o_layout)), 0)
-    to = out_ptr + row.to(gl.int64) * out_stride_t + channel * out_stride_d
-    gl.store(to, out.to(out_ptr.dtype.element_ty), mask=(row < rows_left) & (channel < HEAD_DIM))
+    write_rows(
+        acc, total, base, out_ptr, lse_ptr, out_stride_t, out_stride_d, rows_left, row_layout, HEAD_DIM, WIDTH
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -270,7 +225,7 @@ def attention_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
     mbarrier.expect(first, k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [kv_head * padded_k + start_k, 0], first, first_k)
+    _copy(k_desc, [kv_head * padded_k + start_k, 0], first, first_k)
     k_scale_ptr += (kv_head * padded_k + start_k) // TOKENS
     v_scale_ptr += (kv_head * padded_k + start_k) // TOKENS
     mean_ptr += (number * (heads // ratio) + kv_head) * WIDTH
@@ -309,7 +264,7 @@ def shared_layout(rows, columns):
 def attention(q: Tensor, chunk: Int8Chunk, out: Tensor, lse: Tensor, scale: float, *, causal: bool) -> None:
     """Attention over the operands, written into ``out`` (like q, any strides) and ``lse``; see `int8.int8_attention`.
 
-    q and scale: as for `int8.quantise_chunk`; the kernel quantises them itself, and of the chunk reads K, V and the mean.
+    q and scale: as for `int8.quantise_chunk`. The kernel quantises q itself, and of the chunk reads K, V and the mean.
     The width of the operands must be 64 or 128 (head_dim up to 128).
     """
     sequences = chunk.sequences

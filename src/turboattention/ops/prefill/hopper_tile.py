@@ -26,14 +26,6 @@ _EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
 # Two floats that carry a factor 2^-24: in float16 they are subnormals whose bits are the rounded integer.
 _PAIR = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 _FOUR = gl.constexpr("prmt.b32 $0, $1, $2, 0x6420;")
-# Each product is rounded before it is rounded to an integer, as in the definition.
-_ROUND = gl.constexpr("""{
-.reg .f32 a, b, c, d; .reg .b32 low, high;
-mul.rn.f32 a, $1, $5; mul.rn.f32 b, $2, $6; mul.rn.f32 c, $3, $7; mul.rn.f32 d, $4, $8;
-add.rn.f32 a, a, 0f4B400000; add.rn.f32 b, b, 0f4B400000; add.rn.f32 c, c, 0f4B400000; add.rn.f32 d, d, 0f4B400000;
-prmt.b32 low, a, b, 0x0040; prmt.b32 high, c, d, 0x0040; prmt.b32 $0, low, high, 0x5410;
-}""")
-_LEVELS = gl.constexpr(float(LEVELS))
 _SUM = gl.constexpr(
     "{ .reg .b32 one, zero; mov.b32 one, 0x01010101; mov.b32 zero, 0; dp4a.s32.s32 $0, $1, one, zero; }"
 )  # of the four int8 in a word
@@ -58,13 +50,19 @@ KEEP${:uid}:
 # Turns of the two computing warpgroups, by named barriers. The number of the barrier hangs on all words (it never
 # differs, their sign bits are 0), because the assembler orders arithmetic and barriers by nothing else.
 _AWAIT = gl.constexpr("bar.sync $4, 256; mov.f32 $0, $2; mov.f32 $1, $3;")
-_PASS = gl.constexpr("""{
+_PASS = gl.constexpr(
+    """{
 .reg .pred p; .reg .b32 id, all;
 mov.b32 all, $16;
-""" + "".join(f"or.b32 all, all, ${16 + i}; " for i in range(1, 16)) + """
+"""
+    + "".join(f"or.b32 all, all, ${16 + i}; " for i in range(1, 16))
+    + """
 setp.lt.s32 p, all, 0; selp.b32 id, 15, $32, p;
 bar.arrive id, 256;
-""" + "".join(f"mov.b32 ${i}, ${16 + i}; " for i in range(16)) + "}")
+"""
+    + "".join(f"mov.b32 ${i}, ${16 + i}; " for i in range(16))
+    + "}"
+)
 _PASS_REGISTERS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 32))
 _TURNS = gl.constexpr(8)  # numbers that Triton does not use
 
@@ -139,18 +137,6 @@ def hide(s, factor, limit, length, first, row_layout: gl.constexpr, CAUSAL: gl.c
     s = gl.where(gl.expand_dims(token, 0) < seen, s, -2147483647)
     some = _limit(limit, length, gl.SliceLayout(1, row_layout), CAUSAL) > first
     return s, gl.where(gl.expand_dims(some, 1), factor, _HUGE)
-
-
-@gluon.jit
-def quantise_queries(q, largest):
-    """int8 of 64 rows whose largest magnitude is given, and their scale: `int8.quantise_chunk`'s, bit by bit."""
-    inverse = _divide(gl.to_tensor(_LEVELS), largest)
-    return gl.inline_asm_elementwise(_ROUND, "=r,f,f,f,f,f,f,f,f", [q, inverse], gl.int8, True, 4), _divide(largest, gl.to_tensor(_LEVELS))
-
-
-@gluon.jit
-def _divide(a, b):
-    return gl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], gl.float32, True, 1)
 
 
 @gluon.jit
