@@ -10,6 +10,7 @@ from turboattention.cli.compare import compare
 from turboattention.cli.doctor import doctor
 from turboattention.cli.generate import generate
 from turboattention.cli.options import examples
+from turboattention.cli.serve import serve
 from turboattention.errors import InvalidInputError
 
 NAME = "turboattention"
@@ -50,6 +51,14 @@ app.command(
         "turboattention bench prefill --device cuda --tokens 16384 --no-causal",
     )
 )(bench)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=examples(
+        "turboattention serve meta-llama/Llama-3.1-8B-Instruct",
+        "turboattention serve Qwen/Qwen3-8B --preset turbo2 --max-num-seqs 128 --port 8001",
+        "turboattention serve ./model --policy policy.json --tensor-parallel-size 2 --show",
+    ),
+)(serve)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,0 +1,36 @@
+"""``turboattention serve``: vLLM's own server with the plugin configured."""
+
+import os
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from turboattention.cli.options import PRESET_HELP
+from turboattention.errors import MissingDependencyError
+from turboattention.integrations.vllm.serving import serve_arguments
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Model, as vLLM takes it.")],
+    preset: Annotated[
+        str | None, typer.Option("--preset", metavar="PRESET", help=f"{PRESET_HELP} Default: turbo4.")
+    ] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", metavar="FILE", help="Policy file.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the command of vLLM and stop.")] = False,
+) -> None:
+    """Start vLLM's server with compressed pages; further options go to ``vllm serve`` as they are."""
+    arguments = serve_arguments(model, preset, policy, context.args)
+    print(shlex.join(["vllm", *arguments]), file=sys.stdout if show else sys.stderr, flush=True)
+    if show:
+        return
+    if find_spec("vllm") is None:
+        raise MissingDependencyError(
+            "vLLM: expected version 0.33 or 0.34, received none; pip install 'turboattention[vllm]'"
+        )
+    # vLLM takes over this process: its signals and exit status are the server's.
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments])
