@@ -63,3 +63,10 @@ def test_page_is_whole_bytes_a_token_with_the_sinks_inside(preset: str, head_dim
 def test_presets_without_a_kernel():
     with pytest.raises(UnsupportedError, match="not 16"):
         page_layout(get_preset("fp16").cache, 128)
+
+
+def test_bytes_that_the_documentation_states():
+    text = (Path(__file__).parents[3] / "docs" / "vllm.md").read_text(encoding="utf-8")
+    for dtype in DTYPES:
+        nbytes = page_layout(resolve_policy(dtype, {}).cache, 128).nbytes
+        assert f"| `{dtype}` | {nbytes / 64:.1f} | {4 * 128 * 64 / nbytes:.2f} |" in text
