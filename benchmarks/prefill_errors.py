@@ -4,8 +4,8 @@
 
 One forward pass in float32; Q and K after RoPE, and V, rounded to bfloat16, are the inputs of all methods. Errors are
 relative RMS against float64 causal attention on them: all heads, the last 512 rows and 512 spread ones. All methods are
-computed on the CPU (`prefill_methods.py`). "fp8" is an emulation of FlashAttention-3's FP8 from its source; it adds in
-float64, which the FP8 matrix units do not, so that a kernel's error can only be larger.
+computed on the CPU (`prefill_methods.py`). "fp8" is an emulation of FlashAttention-3's FP8 after its source, without
+the rounding of the FP8 matrix units' sums.
 """
 
 import csv
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from prefill_methods import METHODS, errors, skippable
+from prefill_methods import BLOCK, METHODS, errors, measured_blocks, skippable
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,7 +25,6 @@ from turboattention.evaluation.texts import encode, leading_tokens, load_text
 from turboattention.integrations.models import load_model
 from turboattention.ops.prefill.int8 import quantise_chunk
 
-ROWS = 512  # compared at the end of the sequence, and as many spread over it
 SKIP_BLOCKS = 128  # blocks of 64 queries in which tiles are counted; all of them up to 8,192 tokens
 COLUMNS = (
     "model", "layer", "tokens", "heads", "kv_heads", "head_dim", "rows", *(f"{name}_percent" for name in METHODS),
@@ -69,6 +68,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="a multiple of 128")] = 8192,
     layer: Annotated[list[int] | None, typer.Option(help="repeatable; default first, middle and last")] = None,
     text: Annotated[list[str] | None, typer.Option(help="bundled text or file; repeatable, joined")] = None,
+    rows: Annotated[int, typer.Option(help="compared at the end, and as many spread over the sequence")] = 512,
     out: Annotated[Path, typer.Option(help="CSV file to append to")] = Path("benchmarks/results/prefill_errors.csv"),
 ) -> None:
     """Measure and append a row for each layer to OUT."""
@@ -78,6 +78,8 @@ def main(
     if tokens < 128 or tokens % 128 or tokens > min(len(ids), loaded.context_length):
         limit = min(len(ids), loaded.context_length)
         raise typer.BadParameter(f"tokens: expected a multiple of 128 up to {limit} (text, context), received {tokens}")
+    if rows < BLOCK:
+        raise typer.BadParameter(f"rows: expected at least {BLOCK}, received {rows}")
     count = loaded.model.config.get_text_config().num_hidden_layers
     layers = set(layer or (0, count // 2, count - 1))
     if not layers <= set(range(count)):
@@ -90,11 +92,11 @@ def main(
             writer.writeheader()
         for index, (q, k, v, scale) in sorted(found.items()):
             chunk = quantise_chunk(q, k, v, scale)
-            measured = errors(q[0], k[0], v[0], scale, chunk, ROWS)
+            measured = errors(q[0], k[0], v[0], scale, chunk, rows)
             final, running = skippable(chunk, every=max(1, tokens // 64 // SKIP_BLOCKS))
             row = {
                 "model": loaded.name, "layer": index, "tokens": tokens, "heads": q.shape[1], "kv_heads": k.shape[1],
-                "head_dim": q.shape[-1], "rows": min(2 * ROWS, tokens),
+                "head_dim": q.shape[-1], "rows": BLOCK * len(measured_blocks(tokens, rows)),
                 **{f"{name}_percent": f"{100 * measured[name][-1]:.3f}" for name in METHODS},
                 **{f"{name}_worst_head_percent": f"{100 * measured[name][:-1].max():.3f}"
                    for name in ("int8_rounded", "fp8")},
