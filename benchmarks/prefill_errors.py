@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from prefill_methods import BLOCK, METHODS, errors, measured_blocks, skippable
+from prefill_methods import METHODS, errors, measured_blocks, skippable
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from turboattention.evaluation.texts import encode, leading_tokens, load_text
 from turboattention.integrations.models import load_model
 from turboattention.ops.prefill.int8 import quantise_chunk
+from turboattention.ops.prefill.sequences import BLOCK
 
 SKIP_BLOCKS = 128  # blocks of 64 queries in which tiles are counted; all of them up to 8,192 tokens
 COLUMNS = (
