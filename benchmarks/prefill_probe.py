@@ -54,17 +54,21 @@ def kernels(dim: int) -> list[str]:
     return ["triton", "hopper"] if hopper else ["triton"]
 
 
-def run(
-    kernel: str, chunk: int8.Int8Chunk, like: Tensor, lse_shape: tuple[int, ...], causal: bool
-) -> tuple[Tensor, Tensor]:
-    out = torch.full_like(like, torch.nan)
-    lse = torch.full(lse_shape, torch.nan, device="cuda")
+def attend(kernel: str, q: Tensor, chunk: int8.Int8Chunk, out: Tensor, lse: Tensor, *, causal: bool) -> None:
     if kernel == "hopper":
         from turboattention.ops.prefill import hopper
 
-        hopper.attention(chunk, out, lse, causal=causal)
+        hopper.attention(q, chunk, out, lse, chunk.head_dim**-0.5, causal=causal)
     else:
         int8_triton.attention(chunk, out, lse, causal=causal)
+
+
+def run(
+    kernel: str, q: Tensor, chunk: int8.Int8Chunk, lse_shape: tuple[int, ...], causal: bool
+) -> tuple[Tensor, Tensor]:
+    out = torch.full_like(q, torch.nan)
+    lse = torch.full(lse_shape, torch.nan, device="cuda")
+    attend(kernel, q, chunk, out, lse, causal=causal)
     return out, lse
 
 
@@ -89,7 +93,7 @@ def check_errors() -> None:
             want = int8.int8_attention(chunk, causal=causal)
             seen = torch.isfinite(want.lse)
             for kernel in kernels(dim):
-                out, lse = run(kernel, chunk, q, tuple(q.shape[:3]), causal)
+                out, lse = run(kernel, q, chunk, tuple(q.shape[:3]), causal)
                 shift = float((lse - want.lse)[seen].abs().max())
                 blind = bool((lse[~seen] == -torch.inf).all()) and bool(torch.isfinite(out).all())
                 line += f" {kernel}{' causal' * causal} {error(out, want.out):.4f} lse {shift:.4f}{'' if blind else ' WRONG'};"
@@ -100,7 +104,7 @@ def check_errors() -> None:
     chunk = int8_prepass.quantise_chunk(q, k, v, 128**-0.5, Sequences.packed(q, k, lengths))
     want = int8.int8_attention(chunk, causal=True)
     for kernel in kernels(128):
-        out, lse = run(kernel, chunk, q, (8, 901), True)
+        out, lse = run(kernel, q, chunk, (8, 901), True)
         say(f"packed {kernel} {error(out, want.out):.4f} lse {float((lse - want.lse).abs().max()):.4f}")
 
 
@@ -151,16 +155,14 @@ def check_times(dims: list[int], sizes: list[int]) -> None:
                     attn_mask=int8.visible(256, tokens, causal, None, q[0].device),
                 )  # fmt: skip
                 for kernel in kernels(dim):
-                    if kernel == "hopper":
-                        from turboattention.ops.prefill import hopper as module
-                    else:
-                        module = int8_triton
-                    alone = median_ms(lambda i: module.attention(chunks[i % 2], out, lse, causal=causal), rounds)
+                    alone = median_ms(
+                        lambda i: attend(kernel, q[i % 2], chunks[i % 2], out, lse, causal=causal), rounds
+                    )
                     whole = median_ms(
                         lambda i: int8_prefill(q[i % 2], k[i % 2], v[i % 2], causal=causal, implementation=kernel),
                         rounds,
                     )
-                    module.attention(chunks[0], out, lse, causal=causal)
+                    attend(kernel, q[0], chunks[0], out, lse, causal=causal)
                     say(
                         f"{dim:3} {tokens:6} {'causal' if causal else 'full  '} {kernel:7}| {work / bars['cuDNN']:4.0f} "
                         f"{work / bars['FA2']:4.0f} | {pre:6.3f} | {work / alone:4.0f} | {work / whole:4.0f} "

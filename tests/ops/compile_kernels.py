@@ -2,9 +2,10 @@
 
 Runs as a program of its own, because the tests run kernels in Triton's interpreter, which can't compile:
 
-    python tests/ops/compile_kernels.py MODULE        # prints one JSON row for each variant and target of MODULE
+    python tests/ops/compile_kernels.py MODULE [PART]   # prints one JSON row for each variant and target of MODULE
 
-MODULE is a path like ``tests/ops/decode_variants.py`` that defines ``VARIANTS``, a list of `Variant`.
+MODULE is a path like ``tests/ops/decode_variants.py`` that defines ``VARIANTS``, a list of `Variant`; with PART only
+those whose name contains it.
 """
 
 import importlib.util
@@ -110,7 +111,8 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.check_output([knobs.nvidia.cuobjdump.path, "-sass", file.name], text=True)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout
 
 
 def nvidia_instructions(text: str) -> list[Instruction]:
@@ -179,14 +181,15 @@ def described(task: tuple[str, int, str]) -> str:
     return json.dumps(describe(variants_of(path)[index], target))
 
 
-def main(path: str) -> None:
+def main(path: str, part: str = "") -> None:
     # The module that defines Variant must be one and the same in the pool's processes and in `path`.
     sys.modules["compile_kernels"] = sys.modules["__main__"]
-    tasks = [(path, i, target) for i, variant in enumerate(variants_of(path)) for target in variant.targets]
+    chosen = [(i, variant) for i, variant in enumerate(variants_of(path)) if part in variant.name]
+    tasks = [(path, i, target) for i, variant in chosen for target in variant.targets]
     with ProcessPoolExecutor(2) as pool:
         for row in pool.map(described, tasks):
             print(row, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -6,6 +6,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from turboattention.ops.decode import gluon_layouts as lay
 
+# Triton 3.9 knows the copy by another name only.
+_copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
 LOWEST = gl.constexpr(-1e30)
 
 
@@ -109,14 +112,14 @@ def scalar(memory):
 def copy_words(memory, source, WORDS: gl.constexpr, limit):
     """Start the copy of up to WORDS words of a page; words from ``limit`` on are not read."""
     index = gl.arange(0, WORDS, layout=lay.copy_layout(WORDS))
-    async_copy.async_copy_global_to_shared(memory, source + index, mask=index < limit)
+    _copy(memory, source + index, mask=index < limit)
 
 
 @gluon.jit
 def copy_all(memory, source, WORDS: gl.constexpr):
     """Start the copy of WORDS words."""
     index = gl.arange(0, WORDS, layout=lay.copy_layout(WORDS))
-    async_copy.async_copy_global_to_shared(memory, source + index)
+    _copy(memory, source + index)
 
 
 @gluon.jit
