@@ -1,4 +1,4 @@
-"""Tails with rows for more sequences than the batch, sinks in the pages: the same numbers as a cache of the batch alone."""
+"""Tails with rows for more sequences than the batch, sinks in the pages: the numbers of a cache of the batch alone."""
 
 from dataclasses import replace
 

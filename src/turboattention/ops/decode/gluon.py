@@ -418,4 +418,6 @@ def _refined_piece(memory, shift, AT: gl.constexpr, layout: gl.constexpr, C: gl.
     words = memory.slice(C.refined_codes + AT, 32 * RB).load(gl.SliceLayout(1, layout))
     words = gl.expand_dims(words, 1) + (gl.expand_dims(shift, 0) * 0).to(gl.int16)
     shift = gl.expand_dims(shift, 0) + (words * 0).to(gl.int32)
-    return join_all(gl.inline_asm_elementwise(ASM, lay.constraints(OUT, 3), [words, shift], (gl.float16,) * OUT, True, 2))
+    return join_all(
+        gl.inline_asm_elementwise(ASM, lay.constraints(OUT, 3), [words, shift], (gl.float16,) * OUT, True, 2)
+    )
