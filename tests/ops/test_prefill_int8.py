@@ -293,3 +293,19 @@ def test_hopper_kernel(rows: int, tokens: int, dim: int, causal: bool) -> None:
     out, lse = torch.full_like(q, torch.nan), q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)
     hopper.attention(q, chunk, out, lse, dim**-0.5, causal=causal)
     assert_agrees(chunk, out, lse, causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_hopper_kernel_ends_with_values_that_are_no_numbers(which: int, value: float) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU (sm_90)")
+    clean = tensors(8, 2, 300, 300, 128)
+    want = int8_prefill(*clean, implementation="hopper")
+    spoilt = [x.clone() for x in clean]
+    spoilt[which][0, 0, 17, 5] = value
+    got = int8_prefill(*spoilt, implementation="hopper")
+    # Heads of the other KV head see nothing of it; the warpgroups that do must not wait for each other for ever.
+    assert torch.equal(got.out[:, 4:], want.out[:, 4:])
+    assert torch.equal(got.lse[:, 4:], want.lse[:, 4:])

@@ -47,17 +47,17 @@ KEEP${:uid}:
 }""")
 
 
-# Turns of the two computing warpgroups, by named barriers. The number of the barrier hangs on all words (it never
-# differs, their sign bits are 0), because the assembler orders arithmetic and barriers by nothing else.
+# Turns of the two computing warpgroups, by named barriers. To a barrier's number comes the lowest bit of n (n + 1), n the
+# words together: always 0, which the assembler does not know. Without it the words would be computed after the barrier.
 _AWAIT = gl.constexpr("bar.sync $4, 256; mov.f32 $0, $2; mov.f32 $1, $3;")
 _PASS = gl.constexpr(
     """{
-.reg .pred p; .reg .b32 id, all;
+.reg .b32 id, all;
 mov.b32 all, $16;
 """
     + "".join(f"or.b32 all, all, ${16 + i}; " for i in range(1, 16))
     + """
-setp.lt.s32 p, all, 0; selp.b32 id, 15, $32, p;
+mad.lo.s32 id, all, all, all; and.b32 id, id, 1; add.s32 id, id, $32;
 bar.arrive id, 256;
 """
     + "".join(f"mov.b32 ${i}, ${16 + i}; " for i in range(16))
