@@ -47,8 +47,8 @@ KEEP${:uid}:
 }""")
 
 
-# Turns of the two computing warpgroups, by named barriers. To a barrier's number comes the lowest bit of n (n + 1), n the
-# words together: always 0, which the assembler does not know. Without it the words would be computed after the barrier.
+# Turns of the two computing warpgroups, by named barriers. To a barrier's number comes the lowest bit of n (n + 1), n
+# all words together: always 0, which the assembler does not know; without it words would be computed after the barrier.
 _AWAIT = gl.constexpr("bar.sync $4, 256; mov.f32 $0, $2; mov.f32 $1, $3;")
 _PASS = gl.constexpr(
     """{
