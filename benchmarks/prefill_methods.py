@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from turboattention.ops.prefill.int8 import KEY_BLOCK, LEVELS, LOG2E, QUERY_BLOCK, Int8Chunk, int8_attention, visible
+from turboattention.ops.prefill.int8 import (
+    KEY_BLOCK,
+    LEVELS,
+    LOG2E,
+    QUERY_BLOCK,
+    Int8Chunk,
+    code_values,
+    int8_attention,
+    visible,
+)
 from turboattention.ops.prefill.sequences import BLOCK, Sequences
 from turboattention.quant.packing import restore_tokens
 
@@ -33,9 +42,9 @@ def errors(q: Tensor, k: Tensor, v: Tensor, scale: float, chunk: Int8Chunk, rows
     for first in measured_blocks(tokens, rows):
         part, end = block_of(chunk, first), first + BLOCK
         defined = int8_attention(part, causal=True).out[0]
-        q_int8 = int8_values(part.q, part.q_scale, QUERY_BLOCK)[..., :dim]
-        k_int8 = int8_values(part.k, part.k_scale, KEY_BLOCK)[..., :dim]
-        v_int8 = int8_values(restore_tokens(part.v).mT, part.v_scale, KEY_BLOCK)[..., :dim]
+        q_int8 = code_values(part.q, part.q_scale, QUERY_BLOCK)[..., :dim]
+        k_int8 = code_values(part.k, part.k_scale, KEY_BLOCK)[..., :dim]
+        v_int8 = code_values(restore_tokens(part.v).mT, part.v_scale, KEY_BLOCK)[..., :dim]
         hidden = ~visible(BLOCK, end, True, None, q.device)
         for head in range(heads):
             kv, these = head // group, slice(first, end)
@@ -91,11 +100,6 @@ def fp8_values(x: Tensor) -> Tensor:
     return (x / scale).float().to(FP8).to(x.dtype) * scale
 
 
-def int8_values(codes: Tensor, scale: Tensor, block: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """What codes ``[heads, tokens, channels]`` with a scale for every ``block`` tokens stand for."""
-    return codes.to(dtype) * scale.to(dtype).repeat_interleave(block, 1)[..., None]
-
-
 def measured_blocks(tokens: int, rows: int) -> list[int]:
     """First rows of blocks of 128: ``rows`` rows at the end and as many spread from the start."""
     count = min(rows, tokens) // BLOCK
@@ -126,8 +130,8 @@ def skippable(chunk: Int8Chunk, every: int = 1) -> tuple[float, float]:
     every: of how many blocks of 64 rows one is looked at. Returns the share against each row's final maximum, which
     only a second pass knows, and against the largest score up to this tile, which the kernel knows.
     """
-    q = int8_values(chunk.q, chunk.q_scale, QUERY_BLOCK, torch.float32)
-    k = int8_values(chunk.k, chunk.k_scale, KEY_BLOCK, torch.float32)
+    q = code_values(chunk.q, chunk.q_scale, QUERY_BLOCK, torch.float32)
+    k = code_values(chunk.k, chunk.k_scale, KEY_BLOCK, torch.float32)
     tiles = final = running = 0
     for first in range(0, q.shape[1], QUERY_BLOCK * every):
         end = first + QUERY_BLOCK

@@ -70,21 +70,19 @@ def int8_values(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     q: ``[1, heads, tokens, head_dim]``, k, v with KV heads. Their products give the scores with the usual scale, up to
     a constant of each row, which softmax does not see.
     """
-    from turboattention.ops.prefill.int8 import LOG2E, quantise_chunk
+    from turboattention.ops.prefill.int8 import KEY_BLOCK, LOG2E, QUERY_BLOCK, code_values, quantise_chunk
     from turboattention.quant.packing import restore_tokens
 
     scale = q.shape[-1] ** -0.5
     chunk = quantise_chunk(q, k, v, scale)
     stored_v = restore_tokens(chunk.v).mT
     found = []
-    for codes, scales in (
-        (chunk.q, chunk.q_scale),
-        (chunk.k, chunk.k_scale),
-        (stored_v, chunk.v_scale),
+    for codes, scales, block in (
+        (chunk.q, chunk.q_scale, QUERY_BLOCK),
+        (chunk.k, chunk.k_scale, KEY_BLOCK),
+        (stored_v, chunk.v_scale, KEY_BLOCK),
     ):
-        block = codes.shape[1] // scales.shape[1]
-        values = codes.double() * scales.double().repeat_interleave(block, 1)[..., None]
-        found.append(values[:, : q.shape[2], : q.shape[3]])
+        found.append(code_values(codes, scales, block)[:, : q.shape[2], : q.shape[3]])
     return found[0] / (scale * LOG2E), found[1], found[2]
 
 

@@ -124,12 +124,12 @@ def int8_attention(
     outs, lses = [], []
     for rows, tokens in zip(sequences.spans_q(), sequences.spans_k(), strict=True):
         scale = chunk.q_scale[:, rows.scales(QUERY_BLOCK)]
-        q = _values(chunk.q[:, rows.padded], scale, QUERY_BLOCK, dtype)[:, : rows.length]
+        q = code_values(chunk.q[:, rows.padded], scale, QUERY_BLOCK, dtype)[:, : rows.length]
         scale = chunk.k_scale[:, tokens.scales(KEY_BLOCK)]
-        k = _values(chunk.k[:, tokens.padded], scale, KEY_BLOCK, dtype)[:, : tokens.length]
+        k = code_values(chunk.k[:, tokens.padded], scale, KEY_BLOCK, dtype)[:, : tokens.length]
         v_codes = restore_tokens(chunk.v[:, :, tokens.padded]).mT
         scale = chunk.v_scale[:, tokens.scales(KEY_BLOCK)]
-        v = _values(v_codes, scale, KEY_BLOCK, dtype)[:, : tokens.length]
+        v = code_values(v_codes, scale, KEY_BLOCK, dtype)[:, : tokens.length]
         k, v = k.repeat_interleave(ratio, 0), v.repeat_interleave(ratio, 0)
         seen = visible(rows.length, tokens.length, causal, window, q.device)
         parts, sums = [], []
@@ -144,6 +144,11 @@ def int8_attention(
     if sequences.is_packed:
         return AttentionOutput(torch.cat(out, 1).transpose(0, 1), torch.cat(lses, 1))
     return AttentionOutput(torch.stack(out), torch.stack(lses))
+
+
+def code_values(codes: Tensor, scale: Tensor, block: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What codes ``[heads, tokens, channels]`` with a scale for every ``block`` tokens stand for."""
+    return codes.to(dtype) * scale.to(dtype).repeat_interleave(block, 1)[..., None]
 
 
 def visible(rows: int, tokens: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
@@ -170,10 +175,6 @@ def _quantise(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     inverse = torch.full_like(top, LEVELS) / top
     codes = (blocks * inverse[:, :, None, None]).round().to(torch.int8).flatten(1, 2)
     return codes, top / LEVELS
-
-
-def _values(codes: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    return codes.to(dtype) * scale.to(dtype).repeat_interleave(block, 1)[..., None]
 
 
 def _pad(x: Tensor, blocks: int, channels: int = 0) -> Tensor:

@@ -65,15 +65,15 @@ def int8_prefill(
         raise MissingDependencyError(
             "INT8 prefill on a GPU needs Triton: pip install 'turboattention[triton]'"
         ) from error
-    hopper_chosen = implementation == "hopper"
-    chunk = int8_prepass.quantise_chunk(q, k, v, scale, sequences, queries=not hopper_chosen)
     out = torch.empty_like(q)
     lse = q.new_empty((q.shape[1], q.shape[0]) if sequences.is_packed else q.shape[:3], dtype=torch.float32)
-    if hopper_chosen:
+    if implementation == "hopper":
         from turboattention.ops.prefill import hopper
 
+        chunk = int8_prepass.quantise_chunk(q, k, v, scale, sequences, queries=False)
         hopper.attention(q, chunk, out, lse, scale, causal=causal)
     else:
+        chunk = int8_prepass.quantise_chunk(q, k, v, scale, sequences)
         int8_triton.attention(chunk, out, lse, causal=causal, window=window)
     return AttentionOutput(out, lse)
 
