@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from turboattention.bench.hard_data import harden
 from turboattention.cpu import library
 from turboattention.errors import InvalidInputError
 from turboattention.ops import implementations
@@ -105,20 +106,7 @@ def test_window(window: int, isa: int):
 @pytest.mark.parametrize("kind", ["outlier", "peaked", "flat", "falling", "constant", "zero"])
 def test_hard_data(kind: str, isa: int):
     q, k, v = tensors(2, 2, 128, 512, 64)
-    match kind:
-        case "outlier":
-            k[..., :4] *= 10
-            k[..., 0] += 8
-        case "peaked":
-            q *= 6
-        case "flat":
-            q *= 0.01
-        case "falling":  # by 2^7 from tile to tile
-            v *= torch.tensor([1.0, 2**-7, 1.0, 2**-7]).repeat_interleave(128)[:, None]
-        case "constant":  # all codes of K are 0, and no factor tells a hidden token from others
-            k[:] = k[:, :, :1]
-        case "zero":
-            q[:], v[:, :, 5:] = 0.0, 0.0
+    harden(kind, q, k, v)
     for causal in (False, True):
         budget = 0.025 if kind == "outlier" else BUDGET
         assert_agrees(q, k, v, run(q, k, v, isa, causal=causal), budget, causal=causal)

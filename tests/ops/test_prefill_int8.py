@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from compile_kernels import MATRIX, rows_of
 
+from turboattention.bench.hard_data import harden
 from turboattention.errors import InvalidInputError, UnsupportedError
 from turboattention.ops.prefill import int8, int8_prepass, int8_triton
 from turboattention.ops.prefill.int8_prefill import int8_prefill
@@ -170,18 +171,7 @@ def test_window(window: int) -> None:
 @pytest.mark.parametrize("kind", ["outlier", "peaked", "flat", "falling", "constant"])
 def test_kernel_on_hard_data(kind: str) -> None:
     q, k, v = tensors(2, 2, 128, 512, 64)
-    match kind:
-        case "outlier":
-            k[..., :4] *= 10
-            k[..., 0] += 8
-        case "peaked":
-            q *= 6
-        case "flat":
-            q *= 0.01
-        case "falling":  # by 2^7 from tile to tile
-            v *= torch.tensor([1.0, 2**-7, 1.0, 2**-7], device=DEVICE).repeat_interleave(128)[:, None].half()
-        case "constant":  # all codes of K are 0, and no factor tells a masked token from others
-            k[:] = k[:, :, :1]
+    harden(kind, q, k, v)
     chunk = int8_prepass.quantise_chunk(q, k, v, 0.125)
     for causal in (False, True):
         out, lse = run_kernel(chunk, q, causal)
