@@ -10,7 +10,7 @@ from turboattention.errors import invalid
 from turboattention.ops.append import paged, reference
 from turboattention.ops.append.page_spec import supports
 from turboattention.ops.common.cpu_pages import describe_pages
-from turboattention.ops.common.paged_kv import PagedKV, put_rows_back, with_own_rows
+from turboattention.ops.common.paged_kv import PagedKV, appending_to_own_rows
 from turboattention.quant.layout import PageLayout
 
 
@@ -76,13 +76,11 @@ def append_paged(
     _check_memory(kv)
     if kv.tail_rows is not None or kv.sink_rows is not None:
         # The kernel knows one row for each sequence; the copies are small beside the rest on a CPU.
-        own = with_own_rows(kv)
-        power = query_power if query_power is None or kv.tail_rows is None else query_power[kv.tail_rows]
-        append_paged(
-            own, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=power,
-            isa=isa,
-        )  # fmt: skip
-        put_rows_back(kv, own)
+        with appending_to_own_rows(kv, query_power) as (own, power):
+            append_paged(
+                own, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=power,
+                isa=isa,
+            )  # fmt: skip
         return
     key = key if rope is None else paged.rotate_positions(key, *rope)
     key, value = (x if x.dtype == stored else x.to(stored) for x in (key, value))

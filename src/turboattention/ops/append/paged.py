@@ -13,7 +13,7 @@ from torch import Tensor
 from turboattention.checks import check_heads
 from turboattention.config import check_choice
 from turboattention.errors import InvalidInputError, invalid
-from turboattention.ops.common.paged_kv import PagedGroup, PagedKV, put_rows_back, with_own_rows
+from turboattention.ops.common.paged_kv import PagedGroup, PagedKV, appending_to_own_rows
 from turboattention.quant.codec import encode_pages
 
 When = Literal["before", "after"]
@@ -55,12 +55,10 @@ def append_paged(
     """
     check_step(kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power)
     if kv.tail_rows is not None or kv.sink_rows is not None:
-        own = with_own_rows(kv)
-        power = query_power if query_power is None or kv.tail_rows is None else query_power[kv.tail_rows]
-        append_paged(
-            own, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=power
-        )
-        put_rows_back(kv, own)
+        with appending_to_own_rows(kv, query_power) as (own, power):
+            append_paged(
+                own, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=power
+            )
         return
     stored = kv.tail_key.dtype
     key = key.to(stored) if rope is None else rotate_positions(key, *rope).to(stored)

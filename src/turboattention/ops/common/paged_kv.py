@@ -4,6 +4,8 @@ The form that engines use: sequences of different lengths, pages in any order, a
 freeze.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +72,15 @@ def with_own_rows(kv: PagedKV) -> PagedKV:
     return PagedKV(kv.groups, kv.lengths, kv.page_tokens, tail_key, tail_value, sink_key, sink_value)
 
 
-def put_rows_back(kv: PagedKV, own: PagedKV) -> None:
-    """Write what has changed in the tail and the sinks of ``own`` (`with_own_rows` of ``kv``) where it belongs.
+@contextmanager
+def appending_to_own_rows(kv: PagedKV, query_power: Tensor | None) -> Iterator[tuple[PagedKV, Tensor | None]]:
+    """The cache and the query statistics with rows of their own (`with_own_rows`), for an append that knows no others.
 
-    Sinks only of sequences that had no page before: nobody else has theirs.
+    What it has changed in the tail and the sinks is then written where it belongs; sinks only of sequences that had no
+    page before: nobody else has theirs.
     """
+    own = with_own_rows(kv)
+    yield own, query_power if query_power is None or kv.tail_rows is None else query_power[kv.tail_rows]
     if kv.tail_rows is not None:
         kv.tail_key[kv.tail_rows] = own.tail_key
         kv.tail_value[kv.tail_rows] = own.tail_value
