@@ -63,6 +63,20 @@ def _load(k_desc, v_desc, full, free, k_buffer, v_buffer, k_row, v_row, start_k,
 
 
 @gluon.jit
+def _softmax(
+    s, tile, base, q_scale, k_scale, limit, length, clear, WIDTH: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
+    """From a tile's scores: arguments of its exponentials, base, factor of the old output, weight of the tile."""
+    row_layout: gl.constexpr = base.type.layout
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=output_layout(WIDTH), k_width=4)
+    factor = score_factor(q_scale, k_scale, row_layout)
+    if tile >= clear:
+        s, factor = hide(s, factor, limit, length, tile * TOKENS, row_layout, CAUSAL)
+    reference, base, old, weight = references(s, factor, base)
+    return exponents(s, factor, reference, operand), base, old, weight
+
+
+@gluon.jit
 def _step(
     i, x, product, acc, total, base, old, weight, fold, q_scale, q_shared, full, free,
     k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length, clear,
@@ -76,13 +90,10 @@ def _step(
     zero_s = gl.zeros([ROWS, TOKENS], gl.int32, layout=scores_layout())
     zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=output_layout(WIDTH))
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=output_layout(WIDTH), k_width=4)
-    row_layout: gl.constexpr = base.type.layout
     stage = i % STAGES
     k_scale = gl.load(k_scale_ptr + i + 1)
     v_scale = gl.load(v_scale_ptr + i)
-    words = probabilities(x)
-    if WIDTH == 128:
-        words = pass_turn(words, 1 - NUMBER)
+    words = pass_turn(probabilities(x), 1 - NUMBER, WIDTH)
     codes = integers(words, operand)
     k = k_buffer.index(stage).permute((1, 0))
     s = warpgroup_mma(q_shared, k, zero_s, use_acc=False, is_async=True)
@@ -91,17 +102,12 @@ def _step(
     fold = weight * v_scale
     product = warpgroup_mma(codes, v_buffer.index(stage).permute((1, 0)), zero_o, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    factor = score_factor(q_scale, k_scale, row_layout)
-    if i + 1 >= clear:
-        s, factor = hide(s, factor, limit, length, (i + 1) * TOKENS, row_layout, CAUSAL)
-    reference, base, old, weight = references(s, factor, base)
-    x = exponents(s, factor, reference, operand)
+    x, base, old, weight = _softmax(s, i + 1, base, q_scale, k_scale, limit, length, clear, WIDTH, CAUSAL)
     # A branch that keeps the assembler from waiting for P V before the maxima.
     mbarrier.wait(full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
     product = warpgroup_mma_wait(0, deps=[product])
     mbarrier.arrive(free.index(stage), count=1)
-    if WIDTH == 128:
-        weight = await_turn(weight, NUMBER)
+    weight = await_turn(weight, NUMBER, WIDTH)
     return x, product, acc, total, base, old, weight, fold
 
 
@@ -131,14 +137,11 @@ def _compute(
     mbarrier.wait(first_barrier, 0)
     s = warpgroup_mma(q_shared, first_k.permute((1, 0)), zero_s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    factor = score_factor(q_scale, gl.load(k_scale_ptr), row_layout)
-    if clear == 0:
-        s, factor = hide(s, factor, limit, length, 0, row_layout, CAUSAL)
-    reference, base, old, weight = references(s, factor, base)
-    x = exponents(s, factor, reference, operand)
+    k_scale = gl.load(k_scale_ptr)
+    x, base, old, weight = _softmax(s, 0, base, q_scale, k_scale, limit, length, clear, WIDTH, CAUSAL)
     mbarrier.wait(full.index(0), 0)
-    if WIDTH == 128 and NUMBER == 1:
-        weight = await_turn(weight, NUMBER)
+    if NUMBER == 1:
+        weight = await_turn(weight, NUMBER, WIDTH)
     product = zero_o
     for i in range(0, tiles - 1):
         x, product, acc, total, base, old, weight, fold = _step(
@@ -146,17 +149,15 @@ def _compute(
             k_buffer, v_buffer, k_scale_ptr, v_scale_ptr, limit, length, clear, NUMBER, WIDTH, CAUSAL,
         )  # fmt: skip
     last = tiles - 1
-    words = probabilities(x)
-    if WIDTH == 128:
-        words = pass_turn(words, 1 - NUMBER)
+    words = pass_turn(probabilities(x), 1 - NUMBER, WIDTH)
     codes = integers(words, operand)
     acc = rescale(add_product(acc, product, fold, WIDTH), old, WIDTH)
     v = v_buffer.index(last % STAGES).permute((1, 0))
     product = warpgroup_mma(codes, v, zero_o, use_acc=False, is_async=True)
     total = gl.fma(row_sums(words, base), weight, total * old)
     v_scale = gl.load(v_scale_ptr + last)
-    if WIDTH == 128 and NUMBER == 0:
-        weight = await_turn(weight, NUMBER)
+    if NUMBER == 0:
+        weight = await_turn(weight, NUMBER, WIDTH)
     product = warpgroup_mma_wait(0, deps=[product])
     acc = add_product(acc, product, weight * v_scale, WIDTH)
     write_rows(

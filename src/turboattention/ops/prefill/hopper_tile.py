@@ -154,17 +154,24 @@ def references(s, factor, base):
 
 
 @gluon.jit
-def await_turn(row, number: gl.constexpr):
-    """Wait until the other warpgroup lets this one, of this number, go on; returns ``row [ROWS, 4]``."""
+def await_turn(row, number: gl.constexpr, WIDTH: gl.constexpr):
+    """Wait until the other warpgroup lets this one, of this number, go on; returns ``row [ROWS, 4]``.
+
+    With 64 channels there are no turns: they cost more than they gain.
+    """
     layout: gl.constexpr = row.type.layout
+    if WIDTH == 64:
+        return row
     id = gl.full([ROWS, 4], _TURNS + number, gl.int32, layout=layout)
     return gl.inline_asm_elementwise(_AWAIT, "=f,=f,f,f,r,r", [row, id], gl.float32, False, 2)
 
 
 @gluon.jit
-def pass_turn(words, number: gl.constexpr):
+def pass_turn(words, number: gl.constexpr, WIDTH: gl.constexpr):
     """Let the other warpgroup, of this number, go on when the ``words [ROWS, TOKENS / 4]``, returned, are known."""
     layout: gl.constexpr = words.type.layout
+    if WIDTH == 64:
+        return words
     id = gl.full([ROWS, TOKENS // 4], _TURNS + number, gl.int32, layout=layout)
     return gl.inline_asm_elementwise(_PASS, _PASS_REGISTERS, [words, id], gl.int32, False, 16)
 
