@@ -40,6 +40,31 @@ def test_round_trip_of_everything(tmp_path: Path):
     assert data["model"] == {"model_type": "llama", "layers": 4, "kv_heads": 2, "head_dim": 64}
 
 
+def test_overrides_of_other_fields_of_a_format(tmp_path: Path):
+    refined = Override(2, layer=1, tensor="key", search=True, refined_share=0.25, refined_bits=2)
+    policy = replace(FULL, overrides=(Override(16), refined, Override(4, layer=1, tensor="value", search=False)))
+    policy.save(tmp_path / "policy.json")
+    assert Policy.load(tmp_path / "policy.json") == policy
+    key, value = policy.head_formats(1, 2)[0]
+    assert key == replace(policy.cache.key, bits=2, search=True, refined_share=0.25, refined_bits=2)
+    assert value == replace(policy.cache.value, bits=4, search=False)
+    assert [fmt.bits for fmt in policy.head_formats(0, 2)[0]] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"search": 1}, "override search: expected a value as in a format, or null to leave it, received 1"),
+        ({"refined_share": "a"}, "override refined_share: expected a value as in a format"),
+        ({"refined_bits": True}, "override refined_bits: expected a value as in a format"),
+        ({"refined_bits": 2}, "override tensor: expected 'key' with refined channels, received 'both'"),
+    ],
+)
+def test_overrides_with_wrong_fields(fields: dict[str, Any], message: str):
+    with pytest.raises(InvalidInputError, match=message):
+        Override(2, **fields)
+
+
 def test_round_trip_of_chunk_bits(tmp_path: Path):
     policy = replace(FULL, attention=AttentionConfig(chunk_bits=8))
     policy.save(tmp_path / "policy.json")

@@ -25,6 +25,7 @@ from turboattention.errors import InvalidInputError, UnsupportedError, invalid
 from turboattention.quant.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerToken
 
 FORMAT_VERSION = 1
+_FORMAT_FIELDS = ("search", "refined_share", "refined_bits")  # of an override: left out of the file where None
 _GRANULARITIES: dict[str, type] = {
     "per_token": PerToken,
     "per_channel": PerChannel,
@@ -45,12 +46,19 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Override:
-    """Other bits for a part of the model; None means all. Later overrides win."""
+    """Other bits for a part of the model; None means all. Later overrides win.
+
+    search, refined_share, refined_bits: these fields of the `TensorFormat` too, None to leave them as they are (refined
+        channels are for K: ``tensor="key"``).
+    """
 
     bits: int
     layer: int | None = None
     head: int | None = None
     tensor: Literal["key", "value", "both"] = "both"
+    search: bool | None = None
+    refined_share: float | None = None
+    refined_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in configuration.BITS:
@@ -60,6 +68,17 @@ class Override:
         for name, index in (("layer", self.layer), ("head", self.head)):
             if index is not None and (not isinstance(index, int) or index < 0):
                 raise invalid(f"override {name}", "0 or more, or null for all", index)
+        for name, kinds in (("search", bool), ("refined_share", (int, float)), ("refined_bits", int)):
+            given = getattr(self, name)
+            if given is not None and (not isinstance(given, kinds) or isinstance(given, bool) != (name == "search")):
+                raise invalid(f"override {name}", "a value as in a format, or null to leave it", repr(given))
+        if self.tensor != "key" and (self.refined_share or self.refined_bits):
+            raise invalid("override tensor", "'key' with refined channels", repr(self.tensor))
+
+    def applied(self, fmt: TensorFormat) -> TensorFormat:
+        """``fmt`` with what this override changes."""
+        given = {name: getattr(self, name) for name in _FORMAT_FIELDS if getattr(self, name) is not None}
+        return replace(with_bits(fmt, self.bits), **given)
 
 
 @dataclass(frozen=True)
@@ -93,8 +112,8 @@ class Policy:
             key, value = self.cache.key, self.cache.value
             for override in self.overrides:
                 if override.layer in (None, layer) and override.head in (None, head):
-                    key = with_bits(key, override.bits) if override.tensor in ("key", "both") else key
-                    value = with_bits(value, override.bits) if override.tensor in ("value", "both") else value
+                    key = override.applied(key) if override.tensor in ("key", "both") else key
+                    value = override.applied(value) if override.tensor in ("value", "both") else value
             formats.append((key, value))
         return formats
 
@@ -166,6 +185,10 @@ def asdict_policy(policy: Policy) -> dict[str, Any]:
         granularity = getattr(policy.cache, side).granularity
         name = next(name for name, kind in _GRANULARITIES.items() if isinstance(granularity, kind))
         data["cache"][side]["granularity"] = {"kind": name, **asdict(granularity)}
+    for override in data["overrides"]:
+        for name in _FORMAT_FIELDS:
+            if override[name] is None:
+                del override[name]
     return data
 
 
