@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from turboattention.kvcache import LayerCache
+from turboattention.kvcache.paged import PagedCache
 from turboattention.ops.common.cached_kv import CachedKV
 from turboattention.policy import Override, Policy
 
@@ -33,3 +34,35 @@ def filled(
     cache.observe(q)
     cache.commit()
     return cache.view()
+
+
+def paged(
+    policy: Policy, prefixes: tuple[int, ...], *, head_dim: int = 64, kv_heads: int = 2,
+    device: torch.device | None = None,
+) -> PagedCache:  # fmt: skip
+    """Sequences with prefixes of several lengths; whatever is not theirs is NaN, garbage or out of range."""
+    rows, longest = len(prefixes), max(prefixes)
+    cache = PagedCache(
+        policy.cache, policy.head_formats(0, kv_heads), rows=rows, max_tokens=longest + 64, head_dim=head_dim,
+        shuffle=3, device=device,
+    )  # fmt: skip
+    key, value, q = (normal(rows, heads, longest, head_dim, seed=i).to(device, torch.float16) for i, heads in
+                     ((1, kv_heads), (2, kv_heads), (3, 2 * kv_heads)))  # fmt: skip
+    counts = torch.tensor(prefixes, dtype=torch.int32, device=device)
+    cache.observe(q, counts)
+    cache.append(key, value, when="after", counts=counts)
+    cache.check()
+    capacity = cache.tail_key.shape[2]
+    pages = [n // policy.cache.page_size for n in cache.page_tokens.tolist()]
+    for row, length in enumerate(prefixes):
+        kept = torch.arange(pages[row] * policy.cache.page_size, length, device=device) % capacity
+        free = torch.ones(capacity, dtype=torch.bool, device=device).index_fill(0, kept, False)
+        cache.tail_key[row, :, free] = torch.nan
+        cache.tail_value[row, :, free] = torch.nan
+    for group in cache.groups:
+        used = [group.table[row, :, :count].flatten() for row, count in enumerate(pages)]
+        for row, count in enumerate(pages):
+            group.table[row, :, count:] = 2**30
+        unused = torch.ones(len(group.pool), dtype=torch.bool, device=device)
+        group.pool[unused.index_fill(0, torch.cat(used).long(), False)] = 255
+    return cache

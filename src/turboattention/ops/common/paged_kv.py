@@ -6,7 +6,7 @@ freeze.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,18 @@ def appending_to_own_rows(kv: PagedKV, query_power: Tensor | None) -> Iterator[t
     young = kv.page_tokens == 0
     kv.sink_key[kv.sink_rows[young]] = own.sink_key[young]
     kv.sink_value[kv.sink_rows[young]] = own.sink_value[young]
+
+
+def sequences_of(kv: PagedKV, first: int, last: int) -> PagedKV:
+    """Sequences ``first .. last - 1``; copies nothing."""
+    part = slice(first, last)
+    groups = tuple(replace(group, table=group.table[part]) for group in kv.groups)
+    tail = tuple(x if kv.tail_rows is not None else x[part] for x in (kv.tail_key, kv.tail_value))
+    sinks = tuple(
+        x if x is None or kv.sink_rows is not None else x[part] for x in (kv.sink_key, kv.sink_value)
+    )  # fmt: skip
+    rows = (None if x is None else x[part] for x in (kv.tail_rows, kv.sink_rows))
+    return PagedKV(groups, kv.lengths[part], kv.page_tokens[part], *tail, *sinks, *rows)
 
 
 def sequence(kv: PagedKV, index: int) -> CachedKV:

@@ -16,6 +16,9 @@ from turboattention.quant.layout import PageLayout
 
 # Queries of one launch: bounds the memory of partial results.
 QUERY_BLOCK = 1024
+# Few sizes, because each is compiled: a server meets every batch up to its largest.
+SMALLEST_BATCH = 64
+MERGED_PARTS = (8, 32, 128)
 
 
 class Group(NamedTuple):
@@ -159,7 +162,7 @@ def _launch(
     table_strides = (0, group.room) if group.table is None else (group.table.stride(0), group.table.stride(1))
     softcap = (request.softcap or 1.0) * math.log2(math.e)
     flags: dict[str, Any] = {
-        "BATCH": power_of_two(batch),
+        "BATCH": 1 if batch == 1 else max(SMALLEST_BATCH, power_of_two(batch)),
         "SINKS": sinks,
         "STARTS": view.starts is not None,
         "WINDOW": request.window is not None,
@@ -187,7 +190,7 @@ def _launch(
             batch, rows, blocks, ratio, queries, window, softcap, scale, tile, **flags, **shape, CAUSAL=request.causal,
             num_warps=tile.num_warps,
         )  # fmt: skip
-    parts = min(128, power_of_two(1 + blocks // (batch * rows)))
+    parts = next((size for size in MERGED_PARTS if size > blocks // (batch * rows)), MERGED_PARTS[-1])
     merge_kernel[(batch, len(group.heads) * ratio * queries)](
         part, part_lse, out, lse, view.lengths, view.page_tokens, starts, heads, out.stride(0), out.stride(1),
         out.stride(2), lse.stride(0), lse.stride(1), batch, rows, ratio, queries, window, blocks,

@@ -1,0 +1,198 @@
+"""A kernel that writes paged sequences and the chunks behind them as K and V in 16 bits; `expand` is the definition.
+
+For chunks of many queries: expanding a page is one read and one write, reading its codes again for every tile of
+queries is not (see README.md).
+"""
+
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
+# Triton has no annotations, and its kernels are compiled from untyped Python.
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
+from turboattention.ops.decode.launch import heads_tensor
+from turboattention.ops.decode.tiles import PortableTile
+
+WARPS = 8
+COLUMNS = 64  # channels of a program: all of them would not fit its registers
+
+
+@triton.jit(do_not_specialize=["table_batch", "table_head", "tail_capacity"])
+def expand_kernel(
+    pool_ptr, table_ptr, lengths_ptr, page_tokens_ptr, heads_ptr, tail_key_ptr, tail_value_ptr, sink_key_ptr,
+    sink_value_ptr, tail_rows_ptr, sink_rows_ptr, key_ptr, value_ptr, cu_q_ptr, cu_k_ptr, out_key_ptr, out_value_ptr,
+    table_batch, table_head, tail_batch, tail_head, tail_token, sink_batch, sink_head, sink_token, tail_capacity,
+    key_token, key_head, value_token, value_head, out_token, out_head,
+    C: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """``C.page`` tokens and COLUMNS channels of a KV head of a sequence: of a page, or exact ones of tail and chunk.
+
+    ROTATE: size of the Hadamard blocks to rotate V back by, 0 for none.
+    """
+    PARTS: tl.constexpr = C.dim_padded // COLUMNS
+    group, row = tl.program_id(1) // PARTS, tl.program_id(2)
+    first = tl.load(cu_k_ptr + row)
+    total = tl.load(cu_k_ptr + row + 1) - first
+    begin = tl.program_id(0) * C.page
+    if begin < total:
+        length, page_tokens = tl.load(lengths_ptr + row), tl.load(page_tokens_ptr + row)
+        far_row, head = row.to(tl.int64), tl.load(heads_ptr + group).to(tl.int64)
+        token = begin + tl.arange(0, C.page)
+        channel = tl.program_id(1) % PARTS * COLUMNS + tl.arange(0, COLUMNS)
+        real = (token < total)[:, None] & (channel < C.head_dim)[None, :]
+        out = (first + token).to(tl.int64)[:, None] * out_token + head * out_head + channel[None, :]
+        if begin < page_tokens:
+            page = tl.load(table_ptr + far_row * table_batch + group.to(tl.int64) * table_head + tl.program_id(0))
+            data = pool_ptr + page.to(tl.int64) * C.page_bytes
+            key, value = _key(data, channel, C), _value(data, channel, C, ROTATE)
+            if SINKS > 0:
+                sink_row = far_row
+                if sink_rows_ptr is not None:
+                    sink_row = tl.load(sink_rows_ptr + row).to(tl.int64)
+                sink = real & (token < SINKS)[:, None]
+                at = sink_row * sink_batch + head * sink_head + token[:, None] * sink_token + channel[None, :]
+                key = tl.where(sink, tl.load(sink_key_ptr + at, mask=sink, other=0.0).to(tl.float32), key)
+                value = tl.where(sink, tl.load(sink_value_ptr + at, mask=sink, other=0.0).to(tl.float32), value)
+            tl.store(out_key_ptr + out, key.to(out_key_ptr.dtype.element_ty), mask=real)
+            tl.store(out_value_ptr + out, value.to(out_value_ptr.dtype.element_ty), mask=real)
+        else:
+            tail_row = far_row
+            if tail_rows_ptr is not None:
+                tail_row = tl.load(tail_rows_ptr + row).to(tl.int64)
+            old = real & (token < length)[:, None]
+            slot = (token % tail_capacity).to(tl.int64)[:, None] * tail_token + channel[None, :]
+            exact = tail_row * tail_batch + head * tail_head + slot
+            new = real & (token >= length)[:, None]
+            place = (tl.load(cu_q_ptr + row) + token - length).to(tl.int64)[:, None]
+            old_key = tl.load(tail_key_ptr + exact, mask=old, other=0.0).to(out_key_ptr.dtype.element_ty)
+            own = tl.load(key_ptr + place * key_token + head * key_head + channel[None, :], mask=new, other=0.0)
+            tl.store(out_key_ptr + out, tl.where(new, own.to(old_key.dtype), old_key), mask=real)
+            old_value = tl.load(tail_value_ptr + exact, mask=old, other=0.0).to(out_value_ptr.dtype.element_ty)
+            own = tl.load(value_ptr + place * value_token + head * value_head + channel[None, :], mask=new, other=0.0)
+            tl.store(out_value_ptr + out, tl.where(new, own.to(old_value.dtype), old_value), mask=real)
+
+
+@triton.jit
+def _code(data, k, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Code ``k`` of a packed row of COUNT codes at ``data`` as int32 (see `quant.packing`)."""
+    if BITS == 8:
+        return tl.load(data + k).to(tl.int32)
+    elif BITS == 3:
+        low = _code(data, k, COUNT, 2)
+        high = tl.load(data + COUNT // 4 + k % (COUNT // 8)).to(tl.int32) >> (k // (COUNT // 8))
+        return low | ((high & 1) << 2)
+    else:
+        BYTES: tl.constexpr = COUNT * BITS // 8
+        return (tl.load(data + k % BYTES).to(tl.int32) >> (k // BYTES * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _stored(C: tl.constexpr):
+    """Where each token of a page stands in stored order: the inverse of `packing.permute_tokens`."""
+    token = tl.arange(0, C.page)
+    return (token & ~14) | ((token >> 3) & 1) * 2 | ((token >> 1) & 3) * 4
+
+
+@triton.jit
+def _half(pointer):
+    return tl.load(pointer.to(tl.pointer_type(tl.float16))).to(tl.float32)
+
+
+@triton.jit
+def _key(data, channel, C: tl.constexpr):
+    """K of a page, float32 ``[tokens, len(channel)]``."""
+    token = tl.arange(0, C.page)
+    channel = tl.minimum(channel, C.head_dim - 1)
+    row = (data + C.key_codes + token * C.key_row_bytes)[:, None]
+    code = _code(row, channel[None, :], C.head_dim, C.key_bits).to(tl.float32)
+    if C.refined_channels > 0:
+        j = tl.arange(0, C.refined_columns)
+        inside = j < C.refined_channels
+        index = tl.load(data + C.refined_index + j, mask=inside, other=0).to(tl.int32)
+        j = tl.minimum(j, C.refined_channels - 1)
+        rows = (data + C.refined_codes + j * (C.page * C.refined_bits // 8))[None, :]
+        fine = _code(rows, token[:, None], C.page, C.refined_bits).to(tl.float16)
+        # Small integers and one-hot columns: the product is exact.
+        own = ((index[:, None] == channel[None, :]) & inside[:, None]).to(tl.float16)
+        code += tl.dot(fine, own) * (1.0 / (1 << C.refined_bits))
+    scale = tl.load(data + C.key_scale + channel).to(tl.float32) * (_half(data + C.key_page_scale) * (1.0 / 255.0))
+    if C.key_symmetric:
+        return (code - 0.5 * ((1 << C.key_bits) - 1)) * scale[None, :]
+    else:
+        zero = tl.load((data + C.key_zero).to(tl.pointer_type(tl.int8)) + channel).to(tl.float32)
+        return code * scale[None, :] + (zero * (_half(data + C.key_page_zero) * (1.0 / 127.0)))[None, :]
+
+
+@triton.jit
+def _value(data, channel, C: tl.constexpr, ROTATE: tl.constexpr):
+    """V of a page, float32 ``[tokens, len(channel)]``, rotated back."""
+    token = tl.arange(0, C.page)
+    scale = tl.load(data + C.value_scale + token).to(tl.float32) * (_half(data + C.value_page_scale) * (1.0 / 255.0))
+    zero = tl.full([C.page], 0.0, tl.float32)
+    if not C.value_symmetric:
+        zero = tl.load((data + C.value_zero).to(tl.pointer_type(tl.int8)) + token).to(tl.float32)
+        zero *= _half(data + C.value_page_zero) * (1.0 / 127.0)
+    if ROTATE == 0:
+        return _value_codes(data, channel, C).to(tl.float32) * scale[:, None] + zero[:, None]
+    else:
+        # Codes are small and the matrix holds 1 and -1, so sums are exact; what is equal in all channels of a token
+        # comes back in the first channel of each block.
+        stored = tl.arange(0, C.dim_padded)
+        code = tl.where((stored < C.head_dim)[None, :], _value_codes(data, stored, C), 0.0)
+        i, j = stored[:, None], channel[None, :]
+        odd = i & j & (ROTATE - 1)
+        odd ^= odd >> 4
+        odd ^= odd >> 2
+        odd ^= odd >> 1
+        sign = tl.where(i // ROTATE == j // ROTATE, 1.0 - 2.0 * (odd & 1).to(tl.float32), 0.0)
+        value = tl.dot(code, sign.to(tl.float16)) * (scale * (1.0 / ROTATE**0.5))[:, None]
+        block_first = (channel % ROTATE == 0).to(tl.float32)
+        return value + (zero * ROTATE**0.5)[:, None] * block_first[None, :]
+
+
+@triton.jit
+def _value_codes(data, channel, C: tl.constexpr):
+    """Codes of V, float16 ``[tokens, len(channel)]``, minus their middle where the format is symmetric."""
+    channel = tl.minimum(channel, C.head_dim - 1)
+    row = (data + C.value_codes + channel * C.value_row_bytes)[None, :]
+    code = _code(row, _stored(C)[:, None], C.page, C.value_bits).to(tl.float16)
+    if C.value_symmetric:
+        code -= 0.5 * ((1 << C.value_bits) - 1)
+    return code
+
+
+def expand_into(
+    prefix: PagedKV, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int, keys: Tensor, values: Tensor
+) -> None:
+    """Write sequences and their chunks into ``keys`` and ``values`` ``[tokens, kv_heads, head_dim]``.
+
+    The arguments of `expand_with_chunk`; longest: bound of the tokens of a sequence with its chunk.
+    """
+    for group in prefix.groups:
+        _launch(prefix, group, key, value, cu_q, cu_k, longest, keys, values)
+
+
+def _launch(
+    prefix: PagedKV, group: PagedGroup, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int,
+    keys: Tensor, values: Tensor,
+) -> None:  # fmt: skip
+    layout = group.layout
+    tile = PortableTile.of(layout, 1, 64, len(group.heads), "bytes")
+    sinks = 0 if prefix.sink_key is None else prefix.sink_key.shape[2]
+    sink_key, sink_value = (
+        prefix.tail_key if x is None else x for x in (prefix.sink_key, prefix.sink_value)
+    )  # fmt: skip
+    dim = layout.head_dim
+    assert prefix.tail_key.stride() == prefix.tail_value.stride()  # caches allocate them alike
+    assert sink_key.stride() == sink_value.stride()  # as above
+    parts = tile.dim_padded // COLUMNS
+    expand_kernel[(-(-longest // layout.page_size), len(group.heads) * parts, len(prefix.lengths))](
+        group.pool, group.table, prefix.lengths, prefix.page_tokens, heads_tensor(group.heads, key.device),
+        prefix.tail_key, prefix.tail_value, sink_key, sink_value, prefix.tail_rows,
+        prefix.sink_rows if sinks else None, key, value, cu_q, cu_k, keys, values,
+        group.table.stride(0), group.table.stride(1), *prefix.tail_key.stride()[:3], *sink_key.stride()[:3],
+        prefix.tail_key.shape[2], *key.stride()[:2], *value.stride()[:2], *keys.stride()[:2],
+        tile, COLUMNS=COLUMNS, SINKS=sinks, ROTATE=(dim & -dim) if layout.value.rotated else 0, num_warps=WARPS,
+    )  # fmt: skip
