@@ -12,6 +12,7 @@ from turboattention.functional import attention
 from turboattention.policy import Policy
 
 if TYPE_CHECKING:
+    from turboattention.calibration.calibrate import calibrate
     from turboattention.evaluation.compare import compare
     from turboattention.integrations.transformers import TurboCache, enable
 
@@ -23,12 +24,14 @@ __all__ = [
     "TurboAttentionError",
     "TurboCache",
     "attention",
+    "calibrate",
     "compare",
     "enable",
     "presets",
 ]
 
 _LAZY = {
+    "calibrate": "turboattention.calibration.calibrate",
     "TurboCache": "turboattention.integrations.transformers",
     "enable": "turboattention.integrations.transformers",
     "compare": "turboattention.evaluation.compare",

@@ -54,7 +54,7 @@ def check_schema(data: dict[str, Any], presets: list[str]) -> None:
         assert candidate["delta_nll"] == pytest.approx(ratio, abs=1e-4)
 
 
-@pytest.mark.parametrize("verb", ["compare", "generate", "doctor", "bench"])
+@pytest.mark.parametrize("verb", ["compare", "generate", "calibrate", "doctor", "bench"])
 def test_help_shows_three_real_commands(verb: str) -> None:
     shown = CliRunner().invoke(app, [verb, "--help"])
     assert shown.exit_code == 0
@@ -66,6 +66,46 @@ def test_help_shows_three_real_commands(verb: str) -> None:
 def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "compare" in capsys.readouterr().out
+
+
+def test_calibrate(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The lighthouse stood on a rock, and the sea broke against it all night long. " * 12)
+    out, report, data = (tmp_path / name for name in ("policy.json", "report.html", "result.json"))
+    arguments = ["calibrate", "--model", str(tiny_model), "--texts", str(text), "--target", "bits=4.7", "--probes", "2"]
+    arguments += ["--tokens", "256", "--window", "128", "--held-out-tokens", "256", "--out", str(out)]
+    assert main([*arguments, "--report", str(report), "--json", str(data)]) == 0
+    policy = Policy.load(out)
+    result = json.loads(data.read_text())
+    assert result["schema"] == 1
+    assert result["within_target"]
+    assert policy.provenance["kl"] == result["points"][0]["kl"]
+    assert "meets the target bits=4.7" in report.read_text()
+    assert "it meets the target bits=4.7" in " ".join(capsys.readouterr().out.split())
+    assert (
+        main(["compare", "--model", str(tiny_model), "--text", str(text), "--tokens", "128", "--policy", str(out)]) == 0
+    )
+    assert "bits=4.7" in capsys.readouterr().out
+    assert main(["generate", "--model", str(tiny_model), "--prompt", "The sea " * 20, "--policy", str(out),
+                 "--max-new-tokens", "4"]) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "kl=1"], "target: expected one of max-kl=NUMBER"),
+        (["--tokens", "10"], "tokens: expected at least 2 windows of 1024"),
+        (["--texts", "nowhere.txt"], "text: expected one of state-of-the-union-1981"),
+        (["--report", "policy.json"], "output paths: expected different files"),
+    ],
+)
+def test_mistakes_of_calibrate(
+    options: list[str], message: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(["calibrate", "--model", str(tiny_model), "--out", "policy.json", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import typer
 
 from turboattention.cli.bench import bench
+from turboattention.cli.calibrate import calibrate
 from turboattention.cli.compare import compare
 from turboattention.cli.doctor import doctor
 from turboattention.cli.generate import generate
@@ -37,6 +38,13 @@ app.command(
         'turboattention generate --prompt "Once upon a time" --temperature 0.8 --seed 7 --json story.json',
     )
 )(generate)
+app.command(
+    epilog=examples(
+        "turboattention calibrate --out policy.json",
+        "turboattention calibrate --texts notes.txt --target max-kl=0.005 --out policy.json --report report.html",
+        "turboattention calibrate --model qwen2.5-coder-0.5b --target bits=3.25 --state run.json --out policy.json",
+    )
+)(calibrate)
 app.command(
     epilog=examples(
         "turboattention doctor",

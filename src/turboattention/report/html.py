@@ -7,30 +7,29 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from turboattention.evaluation.result import ComparisonResult
-from turboattention.report import plots
+from turboattention.report import plots, svg
 from turboattention.report.figures import BASELINE, FIGURES, summary
 from turboattention.report.words import mark_differences, printable
 
 
 def render_html(result: ComparisonResult, command: str) -> str:
     """The page; ``command`` is the command line that made the result."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = files("turboattention.report").joinpath("templates/comparison.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return render_page(
+        "comparison.html",
         model=printable(result.model),
         texts=[printable(name) for name in result.text],
         tokens=result.tokens,
         prompt=printable(result.prompt).strip(),
         command=printable(command),
-        environment=_rows(result.environment),
+        environment=rows_of(result.environment),
         baseline_name=BASELINE,
         candidates=[
             {
                 "name": printable(candidate.preset),
                 "summary": summary(candidate),
                 "result": candidate,
-                "colour": number % plots.COLOURS,
-                "dashes": " ".join(map(str, plots.dashes(number))),
+                "colour": number % svg.COLOURS,
+                "dashes": " ".join(map(str, svg.dashes(number))),
                 "pair": mark_differences(result.baseline.continuation.strip(), candidate.continuation.strip()),
             }
             for number, candidate in enumerate(result.candidates)
@@ -52,13 +51,21 @@ def render_html(result: ComparisonResult, command: str) -> str:
     )
 
 
-def _rows(environment: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def render_page(template: str, **values: Any) -> str:
+    """A template with the style that all pages share."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    folder = files("turboattention.report").joinpath("templates")
+    style = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))
+    return environment.from_string(folder.joinpath(template).read_text(encoding="utf-8")).render(style=style, **values)
+
+
+def rows_of(environment: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested dictionaries as flat rows ``a.b``."""
     rows: list[tuple[str, str]] = []
     for key, value in environment.items():
         name = printable(f"{prefix}{key}")
         if isinstance(value, dict):
-            rows += _rows(value, f"{name}.")
+            rows += rows_of(value, f"{name}.")
         else:
             rows.append((name, "none" if value is None else printable(str(value))))
     return rows

@@ -1,0 +1,96 @@
+"""Calibrated policies beside presets on held-out text: the rows behind docs/calibration.md.
+
+    python benchmarks/calibration.py --model smollm2-135m --target max-kl=0.005 --target bits=3.25 \
+        --held-out-tokens 4096 --out benchmarks/results/calibration.csv
+
+One row for each policy that a calibration measured; presets and other sizes once for a model. With --state all targets
+share the sensitivities, and a run that was stopped goes on.
+"""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from turboattention.calibration.calibrate import calibrate
+from turboattention.calibration.result import CalibrationResult, Point
+from turboattention.calibration.settings import Settings
+from turboattention.integrations.models import load_model
+
+COLUMNS = (
+    "model", "kind", "name", "per", "bits_per_value", "kl", "kl_low", "kl_high", "added_nats", "added_nats_low",
+    "added_nats_high", "top1", "within_target", "predicted_kl", "tuning_kl", "tokens", "window", "held_out",
+    "held_out_tokens", "seed", "spearman", "probes", "seconds_sensitivities", "seconds_probes", "seconds_tuning",
+    "device", "torch", "transformers", "dtype",
+)  # fmt: skip
+
+
+def main(
+    model: Annotated[str, typer.Option(help="a name that the command line knows, or a path")],
+    out: Annotated[Path, typer.Option(help="CSV file to append to")],
+    target: Annotated[list[str], typer.Option(help="as of turboattention calibrate; repeatable")],
+    tokens: int = 16_384,
+    window: int = 1024,
+    held_out_tokens: int = 1024,
+    per: str = "head",
+    probes: int = 24,
+    curve: Annotated[bool, typer.Option(help="other sizes, paper's rule, the paper's presets and KIVI too")] = True,
+    seed: int = 0,
+    state: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
+) -> None:
+    """Calibrate for each target and append rows to OUT."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    loaded = load_model(model, dtype=getattr(torch, dtype), device=device)
+    settings = Settings(tokens, window, held_out_tokens, per, probes, curve, 0, seed)  # type: ignore[arg-type]
+    written: set[str] = set()
+    fresh = not out.exists()
+    with out.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        if fresh:
+            writer.writeheader()
+        for goal in target:
+            result = calibrate(loaded, target=goal, settings=settings, state=state, progress=_say).result
+            for point in result.points:
+                if point.name not in written:
+                    writer.writerow(_row(result, point, window))
+                    written.add(point.name)
+            file.flush()
+            print(goal, result.chosen.bits_per_value, result.chosen.kl, result.seconds, file=sys.stderr, flush=True)
+
+
+def _row(result: CalibrationResult, point: Point, window: int) -> dict[str, Any]:
+    machine = result.environment
+    row: dict[str, Any] = {
+        "model": result.model, "kind": point.kind, "name": point.name, "bits_per_value": f"{point.bits_per_value:.4f}",
+        "top1": f"{point.top1_agreement:.5f}", "held_out": " ".join(result.held_out),
+        "held_out_tokens": result.held_out_tokens, "device": machine.get("gpu") or machine.get("cpu"),
+        "torch": machine["packages"]["torch"], "transformers": machine["packages"]["transformers"],
+        "dtype": machine["dtype"],
+    }  # fmt: skip
+    for name in ("kl", "added_nats"):
+        mean, interval = getattr(point, name), getattr(point, f"{name}_ci")
+        row |= {name: f"{mean:.6f}", f"{name}_low": f"{interval.low:.6f}", f"{name}_high": f"{interval.high:.6f}"}
+    if point.kind in ("chosen", "calibrated", "rule"):
+        row |= {"per": result.per, "tokens": result.tokens, "window": window, "seed": result.seed}
+    if point.kind == "chosen":
+        row |= {
+            "within_target": result.within_target, "predicted_kl": f"{result.predicted_kl:.6f}",
+            "tuning_kl": f"{result.tuning.kl:.6f}", "probes": len(result.probes),
+            "spearman": "" if result.spearman is None else f"{result.spearman:.4f}",
+        }  # fmt: skip
+        row |= {f"seconds_{x}": f"{result.seconds.get(x, 0.0):.0f}" for x in ("sensitivities", "probes", "tuning")}
+    return row
+
+
+def _say(done: int, total: int, label: str) -> None:
+    if done % 50 == 0:
+        print(f"{label} {done}/{total}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,85 @@
+"""What the steps of one calibration share: model, tokens, settings, and the state in which finished work is kept."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from turboattention.calibration.measure import Progress, measure, point_from_dict
+from turboattention.calibration.plan import make_plan
+from turboattention.calibration.result import Kind, Point
+from turboattention.calibration.settings import Settings
+from turboattention.calibration.state import State, fingerprint
+from turboattention.errors import UnsupportedError
+from turboattention.evaluation.texts import load_text
+from turboattention.integrations.models import LoadedModel
+from turboattention.integrations.transformers import TurboCache, model_shape
+from turboattention.policy import Policy
+
+
+class Session:
+    """One calibration; `state` decides what is left to do.
+
+    The target is no part of the run's name: sensitivities and measured policies serve every target.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        texts: Sequence[str | Path],
+        held_out: Sequence[str | Path],
+        settings: Settings,
+        state: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.loaded, self.model, self.settings, self.progress = loaded, loaded.model, settings, progress
+        self.shape = model_shape(self.model.config)
+        cache = TurboCache(self.model.config, "turbo4")
+        if others := len(cache.layers) - len(cache.turbo_layers):
+            raise UnsupportedError(
+                f"{type(self.model).__name__}: {others} layers with a sliding window keep their own cache; calibration "
+                "needs full attention in every layer"
+            )
+        self.plan = make_plan(
+            loaded.tokenizer, texts, held_out, settings.tokens, settings.window, settings.held_out_tokens,
+            loaded.context_length,
+        )  # fmt: skip
+        read = [fingerprint(load_text(x)) for x in (*texts, *held_out)]
+        run = fingerprint([loaded.name, asdict(self.shape), str(self.model.dtype), read, len(texts), asdict(settings)])
+        self.state = State(state, run)
+        self.seconds: dict[str, float] = self.state.get("seconds") or {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the seconds of a step, over all runs that shared the state."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.state.put("seconds", self.seconds)
+
+    def tell(self, done: int, total: int, label: str) -> None:
+        """Report progress."""
+        if self.progress is not None:
+            self.progress(done, total, label)
+
+    def labelled(self, label: str) -> Progress:
+        """Progress of a part under one name."""
+        return lambda done, total, _: self.tell(done, total, label)
+
+    def measured(
+        self, label: str, rows: Tensor, names: Sequence[str], policies: Sequence[tuple[Kind, Policy]]
+    ) -> list[Point]:
+        """`measure`, but for what the state already has."""
+        keys = [f"{label} {kind} {policy.name} {fingerprint(asdict(policy))}" for kind, policy in policies]
+        missing = [number for number, key in enumerate(keys) if self.state.get(key) is None]
+        if missing:
+            with self.timed(label):
+                fresh = measure(
+                    self.model, rows, names, [policies[i] for i in missing], self.settings.seed, self.labelled(label)
+                )
+            for number, point in zip(missing, fresh, strict=True):
+                self.state.put(keys[number], asdict(point))
+        return [point_from_dict(self.state.get(key)) for key in keys]

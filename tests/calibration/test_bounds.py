@@ -1,0 +1,32 @@
+"""The bound holds for every query of hard data, and is not empty."""
+
+import pytest
+import torch
+
+from turboattention.calibration.bounds import head_bound
+from turboattention.calibration.capture import Captured
+from turboattention.calibration.levels import LEVELS
+
+
+def captured(outlier: float, sharpness: float) -> Captured:
+    key = torch.randn(1, 2, 320, 64)
+    key[..., 3] += outlier
+    value = torch.randn(1, 2, 320, 64) * torch.rand(320, 1).exp()
+    return Captured(torch.randn(1, 4, 320, 64) * sharpness, key, value, 0.125)
+
+
+@pytest.mark.parametrize("levels", [("2", "2"), ("2+2x1/4", "2"), ("3+1x1/4", "3"), ("4", "4"), ("8", "8")])
+@pytest.mark.parametrize(("outlier", "sharpness"), [(0.0, 1.0), (40.0, 1.0), (5.0, 6.0), (0.0, 0.0)])
+def test_the_bound_holds(levels: tuple[str, str], outlier: float, sharpness: float) -> None:
+    formats = LEVELS["key"][levels[0]], LEVELS["value"][levels[1]]
+    for head in range(2):
+        found = head_bound(captured(outlier, sharpness), head, *formats)
+        assert 0 < found.seen <= found.bound
+        assert found.excess <= 0.0
+
+
+def test_more_bits_have_smaller_bounds() -> None:
+    data = captured(2.0, 1.0)
+    # At 2 and 3 bits ranges are searched: what lies outside of them dominates both bounds.
+    three, four, eight = (head_bound(data, 0, LEVELS["key"][x], LEVELS["value"][x]).bound for x in ("3", "4", "8"))
+    assert three > four > eight
