@@ -25,7 +25,11 @@ CHUNKS = (3, 70, 1, 64, 0, 5, 130)
 
 
 def paged(policy: Policy, prefixes: tuple[int, ...] = PREFIXES, head_dim: int = 64, kv_heads: int = 2) -> PagedKV:
-    return caches.paged(policy, prefixes, head_dim=head_dim, kv_heads=kv_heads, device=DEVICE).view()
+    """Made on the CPU, whose append knows every format."""
+    kv = caches.paged(policy, prefixes, head_dim=head_dim, kv_heads=kv_heads).view()
+    groups = tuple(replace(g, pool=g.pool.to(DEVICE), table=g.table.to(DEVICE)) for g in kv.groups)
+    tensors = (kv.lengths, kv.page_tokens, kv.tail_key, kv.tail_value, kv.sink_key, kv.sink_value)
+    return PagedKV(groups, *(None if x is None else x.to(DEVICE) for x in tensors))
 
 
 def written(kv: PagedKV, implementation: str, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor, Tensor]:
