@@ -41,6 +41,7 @@ def paged(
     device: torch.device | None = None,
 ) -> PagedCache:  # fmt: skip
     """Sequences with prefixes of several lengths; whatever is not theirs is NaN, garbage or out of range."""
+    device = device or torch.device("cpu")
     rows, longest = len(prefixes), max(prefixes)
     cache = PagedCache(
         policy.cache, policy.head_formats(0, kv_heads), rows=rows, max_tokens=longest + 64, head_dim=head_dim,
