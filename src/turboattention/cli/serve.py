@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -32,5 +33,7 @@ def serve(
         raise MissingDependencyError(
             "vLLM: expected version 0.33 or 0.34, received none; pip install 'turboattention[vllm]'"
         )
+    # The layers run in processes of their own; prometheus_client joins the metrics of all through this directory.
+    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="turboattention-metrics-"))
     # vLLM takes over this process: its signals and exit status are the server's.
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments])

@@ -51,3 +51,21 @@ def test_a_lost_open_page_is_an_error():
         rows.assign([0], [5], [[block]])
     with pytest.raises(UnsupportedError, match="max_num_seqs"):
         rows.assign([5], [6], [[1]])
+
+
+def test_after_drafts_are_taken_back_the_row_is_found_by_the_earlier_block():
+    rows = RowMap(4, drafts=5)
+    (first,) = rows.assign([0], [60], [[7, 8]])
+    (drafted,) = rows.assign([60], [66], [[7, 8]])
+    (back,) = rows.assign([62], [63], [[7, 8]])
+    assert first.row == drafted.row == back.row
+    (forward,) = rows.assign([63], [69], [[7, 8]])
+    (on,) = rows.assign([66], [67], [[7, 8]])
+    assert on.row == forward.row == first.row
+
+
+def test_a_chunk_does_not_lend_its_statistics_to_hits_of_its_earlier_blocks():
+    rows = RowMap(4, drafts=5)
+    rows.assign([0], [300], [[1, 2, 3, 4, 5]])
+    (hit,) = rows.assign([64], [70], [[1, 9]])
+    assert hit.source is None

@@ -9,7 +9,7 @@ from turboattention.cli.main import main
 from turboattention.config import get_preset
 from turboattention.errors import InvalidInputError, UnsupportedError
 from turboattention.integrations.vllm.serving import serve_arguments
-from turboattention.policy import Policy
+from turboattention.policy import Override, Policy
 
 
 def test_default():
@@ -31,6 +31,17 @@ def test_other_presets_and_files_join_the_additional_configuration(tmp_path: Pat
     found = serve_arguments("m", None, file, ['--additional-config={"a": 1}'])
     assert json.loads(found[-1]) == {"a": 1, "turboattention": {"policy": str(file)}}
     assert json.loads(serve_arguments("m", "int8", None, [])[-1]) == {"turboattention": {"policy": "int8"}}
+
+
+def test_layers_at_16_bits_become_the_skip_list(tmp_path: Path):
+    file = tmp_path / "policy.json"
+    Policy("mine", get_preset("turbo4").cache, overrides=(Override(16, layer=3), Override(16, layer=0))).save(file)
+    found = serve_arguments("m", None, file, ["--port", "1"])
+    first = found.index("--kv-cache-dtype-skip-layers")
+    assert found[first + 1 : first + 3] == ["0", "3"]
+    assert found[-2:] == ["--port", "1"]
+    with pytest.raises(InvalidInputError, match="kv-cache-dtype-skip-layers"):
+        serve_arguments("m", None, file, ["--kv-cache-dtype-skip-layers", "1"])
 
 
 def test_a_dtype_of_ours_is_passed_on():

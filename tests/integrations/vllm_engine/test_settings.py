@@ -1,13 +1,22 @@
 """Policies and page layouts of an engine, and what is refused; needs no vLLM."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from turboattention.config import get_preset
 from turboattention.errors import InvalidInputError, UnsupportedError
-from turboattention.integrations.vllm.settings import DTYPES, page_layout, resolve_policy
-from turboattention.policy import Override, Policy
+from turboattention.integrations.vllm.settings import (
+    DTYPES,
+    check_model,
+    layers_at_16_bits,
+    page_layout,
+    resolve_policy,
+)
+from turboattention.policy import ModelShape, Override, Policy
+
+SHAPE = ModelShape("llama", 4, 8, 128)
 
 
 @pytest.mark.parametrize(("dtype", "key", "value"), [("turbo_int4", 4, 4), ("turbo_k4v2", 4, 2), ("turbo_int2", 2, 2)])
@@ -41,11 +50,31 @@ def test_presets_that_pages_of_an_engine_cannot_hold(preset: str):
         resolve_policy("turbo_int4", {"turboattention": {"policy": preset}})
 
 
-def test_overrides_are_refused(tmp_path: Path):
-    file = tmp_path / "policy.json"
-    Policy("mine", get_preset("turbo4").cache, overrides=(Override(8, layer=0),)).save(file)
-    with pytest.raises(UnsupportedError, match="overrides"):
-        resolve_policy("turbo_int4", {"turboattention": {"policy": str(file)}})
+def save(path: Path, *overrides: Override, model: ModelShape | None = None) -> dict[str, dict[str, str]]:
+    Policy("mine", get_preset("turbo4").cache, overrides=overrides, model=model).save(path)
+    return {"turboattention": {"policy": str(path)}}
+
+
+@pytest.mark.parametrize(
+    "override", [Override(8, layer=0), Override(16), Override(16, layer=0, head=1), Override(16, layer=1, tensor="key")]
+)
+def test_overrides_are_refused_but_for_whole_layers_at_16_bits(override: Override, tmp_path: Path):
+    with pytest.raises(UnsupportedError, match="same format"):
+        resolve_policy("turbo_int4", save(tmp_path / "policy.json", override))
+
+
+def test_layers_at_16_bits_must_be_skipped_by_vllm(tmp_path: Path):
+    policy = resolve_policy("turbo_int4", save(tmp_path / "policy.json", Override(16, layer=2), Override(16, layer=0)))
+    assert layers_at_16_bits(policy) == (0, 2)
+    check_model(policy, SHAPE, ["0", "2", "sliding_window"])
+    with pytest.raises(InvalidInputError, match="kv-cache-dtype-skip-layers: expected 2 too"):
+        check_model(policy, SHAPE, ["0"])
+
+
+def test_a_policy_of_another_model(tmp_path: Path):
+    policy = resolve_policy("turbo_int4", save(tmp_path / "policy.json", model=replace(SHAPE, layers=5)))
+    with pytest.raises(InvalidInputError, match="calibrate"):
+        check_model(policy, SHAPE, [])
 
 
 @pytest.mark.parametrize(("preset", "head_dim"), [("turbo4", 128), ("turbo2", 64), ("int8", 256)])

@@ -9,9 +9,10 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVQuantMode
 
 from turboattention.checks import SUPPORTED_HEAD_DIMS
-from turboattention.integrations.vllm.impl import TurboAttentionImpl
+from turboattention.integrations.vllm.delegate import PLAIN_DTYPES, builder_class, impl_class, is_ours
+from turboattention.integrations.vllm.impl import SLIDING_HINT, TurboAttentionImpl
 from turboattention.integrations.vllm.metadata import TurboMetadataBuilder
-from turboattention.integrations.vllm.plugin import BACKEND
+from turboattention.integrations.vllm.plugin import BACKEND, CPU_DTYPE
 from turboattention.integrations.vllm.settings import (
     DTYPES,
     PAGE_TOKENS,
@@ -22,24 +23,41 @@ from turboattention.integrations.vllm.settings import (
 )
 
 
+def flash_attention() -> type[AttentionBackend]:
+    """vLLM's backend for layers with 16-bit pages on a GPU."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend  # imports CUDA extensions
+
+    return FlashAttentionBackend  # type: ignore[no-any-return]
+
+
+def cpu_attention() -> type[AttentionBackend]:
+    """The same on a CPU."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # imports CPU extensions
+
+    return CPUAttentionBackend  # type: ignore[no-any-return]
+
+
 class TurboAttentionBackend(AttentionBackend):  # type: ignore[misc]  # vLLM is absent where types are checked
-    """TURBO_ATTENTION: pages of 64 tokens in the layout of this package, one for each KV head."""
+    """TURBO_ATTENTION: pages of 64 tokens in the layout of this package, one for each KV head.
+
+    Layers with a 16-bit KV dtype (those of ``--kv-cache-dtype-skip-layers``) are FlashAttention's.
+    """
 
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = list(DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [*DTYPES, *PLAIN_DTYPES]
 
     @staticmethod
     def get_name() -> str:
         return BACKEND
 
     @staticmethod
-    def get_impl_cls() -> type[TurboAttentionImpl]:
-        return TurboAttentionImpl
+    def get_impl_cls() -> Any:
+        return impl_class(TurboAttentionImpl, flash_attention)
 
     @staticmethod
-    def get_builder_cls() -> type[TurboMetadataBuilder]:
-        return TurboMetadataBuilder
+    def get_builder_cls() -> Any:
+        return builder_class(TurboMetadataBuilder, flash_attention)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
@@ -59,9 +77,24 @@ class TurboAttentionBackend(AttentionBackend):  # type: ignore[misc]  # vLLM is 
         return False
 
     @classmethod
+    def validate_configuration(cls, **asked: Any) -> list[str]:
+        """Reasons why a layer can't be had; vLLM makes one error of them at the start."""
+        config = get_current_vllm_config_or_none()
+        whole = None if config is None else config.cache_config.cache_dtype
+        if whole is not None and whole not in DTYPES:
+            return [f"kv-cache-dtype {whole}: expected one of {', '.join(DTYPES)}"]
+        if asked.get("kv_cache_dtype") in PLAIN_DTYPES:
+            reasons: list[str] = flash_attention().validate_configuration(**asked)
+        else:
+            reasons = super().validate_configuration(**asked)
+            if asked.get("has_sliding_window"):
+                reasons.append(SLIDING_HINT)
+        return reasons
+
+    @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """The size of our pages, for layers with one of our KV dtypes; calling it again changes nothing."""
-        if spec.state_content_bytes is not None or not cls._is_ours(spec):
+        if is_ours(spec) or spec.kv_quant_mode == KVQuantMode.NONE:
             return spec
         config = get_current_vllm_config_or_none()  # for hybrid models vLLM asks before there are layers
         if config is not None:
@@ -69,21 +102,21 @@ class TurboAttentionBackend(AttentionBackend):  # type: ignore[misc]  # vLLM is 
         layout = page_layout(remembered().cache, spec.head_size)
         return replace(spec, dtype=torch.uint8, state_content_bytes=layout.nbytes // PAGE_TOKENS)
 
-    @classmethod
-    def _is_ours(cls, spec: Any) -> bool:
-        return bool(spec.kv_quant_mode != KVQuantMode.NONE)
-
 
 class CpuTurboAttentionBackend(TurboAttentionBackend):
-    """The same in the slot of vLLM's CPU backend, for tests: every layer is ours, also with the KV dtype ``auto``."""
+    """The same in the slot of vLLM's CPU backend, for tests: the KV dtype ``fp8`` stands for ours there."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [CPU_DTYPE, *PLAIN_DTYPES]
 
     @staticmethod
     def get_name() -> str:
         return "CPU_ATTN"
 
-    @classmethod
-    def _is_ours(cls, spec: Any) -> bool:
-        return True
+    @staticmethod
+    def get_impl_cls() -> Any:
+        return impl_class(TurboAttentionImpl, cpu_attention)
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        return builder_class(TurboMetadataBuilder, cpu_attention)

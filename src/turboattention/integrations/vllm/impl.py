@@ -11,12 +11,21 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turboattention.errors import UnsupportedError
 from turboattention.integrations.vllm.chunks import attend_chunks
-from turboattention.integrations.vllm.metadata import Lengths, TurboMetadata, pool_rows
+from turboattention.integrations.vllm.drafts import Drafts, append_drafts, tail_capacity
+from turboattention.integrations.vllm.metadata import Lengths, TurboMetadata, draft_tokens, pool_rows
 from turboattention.integrations.vllm.pool import OpenPages
-from turboattention.integrations.vllm.report import note_layer
-from turboattention.integrations.vllm.settings import page_layout, remember, resolve_policy
+from turboattention.integrations.vllm.settings import (
+    PAGE_TOKENS,
+    check_model,
+    page_layout,
+    remember,
+    resolve_policy,
+)
 from turboattention.ops.append import paged_append_for
 from turboattention.ops.prefill.over_cache import over_cache
+from turboattention.policy import ModelShape
+
+SLIDING_HINT = "--kv-cache-dtype-skip-layers sliding_window leaves such layers to vLLM's own backend"
 
 
 class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  # vLLM is absent where types are checked
@@ -39,30 +48,32 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
         """Arguments as every backend of vLLM. Raises UnsupportedError for what this one does not compute."""
         refuse(
             ("ALiBi", alibi_slopes is not None),
-            ("a sliding window", sliding_window is not None),
+            (f"a sliding window in compressed pages ({SLIDING_HINT})", sliding_window is not None),
             ("soft-capped scores", bool(logits_soft_cap)),
             (f"attention of type {attn_type}", attn_type != AttentionType.DECODER),
             ("layers that read another layer's cache", kv_sharing_target_layer_name is not None),
             ("attention sinks of the model", extra.get("sinks") is not None),
         )
         config = get_current_vllm_config()
-        refuse(("speculative decoding", config.speculative_config is not None))
+        refuse(*speculation(config))
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads, kv_cache_dtype
         self.policy = resolve_policy(kv_cache_dtype, config.additional_config)
         remember(self.policy)
+        if self.policy.model is not None or self.policy.overrides:
+            check_model(self.policy, model_shape(config), config.cache_config.kv_cache_dtype_skip_layers)
         layout = page_layout(self.policy.cache, head_size)
         # Here, because vLLM counts what is allocated before it measures the memory left for pages.
         device = torch.empty(0).device
+        capacity = tail_capacity(draft_tokens(config))
         self.pages = OpenPages.allocate(
-            layout, pool_rows(config), num_kv_heads, torch.get_default_dtype(), device
-        )  # fmt: skip
+            layout, pool_rows(config), num_kv_heads, torch.get_default_dtype(), device, capacity
+        )
         self._append = paged_append_for([layout], device)
         if device.type == "cuda":
             from turboattention.ops.decode.launch import heads_tensor  # needs Triton
 
             heads_tensor(tuple(range(num_kv_heads)), device)  # a first copy from the host can't be part of a graph
-        note_layer(self.policy, layout, self.pages, num_kv_heads)
 
     def forward(
         self,
@@ -88,7 +99,9 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
             before = self._snapshot(kv_cache, meta.prefilling) if meta.has_prefix else None
             self._append_chunks(query, key, value, kv_cache, meta)
         count = meta.decodes
-        if count:
+        if meta.drafts is not None:
+            self._decode_drafts(query, key, value, kv_cache, meta, meta.drafts, output)
+        elif count:
             self._append_tokens(query[:count], key[:count], value[:count], kv_cache, meta.decoding)
             view = self.pages.view(kv_cache, meta.decoding, after=True)
             found = over_cache(query[:count].unsqueeze(2), view, scale=self.scale)
@@ -122,6 +135,31 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
             fault=numbers.fault, counts=numbers.counts, query_power=self.pages.power,
         )  # fmt: skip
 
+    def _decode_drafts(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        meta: TurboMetadata,
+        drafts: Drafts,
+        output: Tensor,
+    ) -> None:
+        """A few tokens of each sequence, of which only the first is sure to stay (see `drafts`)."""
+        numbers, part = meta.decoding, slice(0, meta.decode_tokens)
+        queries = drafts.rows(query[part], drafts.right)
+        if self.pages.power is not None:
+            first = drafts.rows(query[part], drafts.left)[:, :, 0]
+            squares = first.float().square().unflatten(1, (self.num_kv_heads, -1)).sum(2)
+            self.pages.power.index_add_(0, numbers.rows, squares)
+        append_drafts(
+            self._append, self.pages.view(kv_cache, numbers, after=False),
+            (drafts.rows(key[part], drafts.left), drafts.rows(value[part], drafts.left)), after=numbers.after,
+            counts=numbers.counts, none=drafts.none, fault=numbers.fault, query_power=self.pages.power,
+        )  # fmt: skip
+        found = over_cache(queries, self.pages.view(kv_cache, numbers, after=True), scale=self.scale)
+        output[part].copy_(drafts.tokens(found.out))
+
     def _append_chunks(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, meta: TurboMetadata) -> None:
         """The chunks of prompts, one after the other."""
         numbers, power = meta.prefilling, self.pages.power
@@ -149,3 +187,22 @@ def refuse(*reasons: tuple[str, bool]) -> None:
     for reason, holds in reasons:
         if holds:
             raise UnsupportedError(f"backend TURBO_ATTENTION: {reason} is not supported; use another attention backend")
+
+
+def speculation(config: Any) -> tuple[tuple[str, bool], ...]:
+    """What of vLLM's speculative decoding is refused."""
+    chosen = config.speculative_config
+    if chosen is None:
+        return ()
+    return (
+        (f"speculative decoding by {chosen.method!r} (only 'ngram')", chosen.method not in ("ngram", "ngram_gpu")),
+        (f"{draft_tokens(config)} draft tokens (at most {PAGE_TOKENS})", draft_tokens(config) > PAGE_TOKENS),
+    )
+
+
+def model_shape(config: Any) -> ModelShape:
+    """The model of an engine in the words of a policy."""
+    model = config.model_config
+    text = model.hf_text_config
+    layers, heads = int(text.num_hidden_layers), int(model.get_total_num_kv_heads())
+    return ModelShape(str(text.model_type), layers, heads, int(model.get_head_size()))

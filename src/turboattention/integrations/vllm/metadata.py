@@ -14,6 +14,10 @@ from vllm.v1.attention.backend import (
 )
 
 from turboattention.errors import UnsupportedError
+from turboattention.integrations.vllm.drafts import Drafts
+from turboattention.integrations.vllm.faults import FaultWatch
+from turboattention.integrations.vllm.metrics import metrics
+from turboattention.integrations.vllm.report import say
 from turboattention.integrations.vllm.rows import RowMap
 from turboattention.integrations.vllm.settings import PAGE_TOKENS
 
@@ -24,7 +28,8 @@ OLD_RUNNER_SPARE = 4  # rows for each sequence of the older runner, whose rows a
 class Lengths:
     """Numbers of some sequences before and after their new tokens, int32 ``[sequences]`` on the device.
 
-    before, after: tokens. paged_before, paged_after: those of them in full pages. counts: new tokens.
+    before, after: tokens. paged_before, paged_after: those of them in full pages, the latter without pages that hold
+    drafts. counts: new tokens.
     rows: of the open-page pool. sinks: the first block, whose pages hold the exact first tokens.
     table: int32 ``[sequences, kv_heads, blocks]``, pages of the pool. fault: gets the bits of `append_paged`.
     """
@@ -46,12 +51,14 @@ class Lengths:
 
 @dataclass
 class TurboMetadata(AttentionMetadata):  # type: ignore[misc]  # vLLM is not installed where types are checked
-    """A batch: sequences of one new token first, then chunks of prompts.
+    """A batch: sequences of one new token (and drafts behind it) first, then chunks of prompts.
 
-    decodes: how many of the former; decoding: their numbers. prefilling: of the others, None without.
+    decodes: how many of the former; decoding: their numbers. decode_tokens: their new tokens. drafts: how they lie
+    where any has more than one. prefilling: numbers of the others, None without.
     first_token: of the chunks in the packed tensors. tokens: all new tokens. chunk_starts: where each chunk begins
     and ends among the packed tokens, on the host. cu: the same, int32 on the device, from 0.
     longest: chunk. has_prefix: whether any chunk has tokens before it.
+    contexts: bounds of the tokens of each chunk with those before it, on the host.
     fresh: float32 ``[chunks, 1, 1]``, 0 where a row of the pool begins anew, else 1.
     copies: rows of query statistics to copy before the step (older runner): from, to.
     """
@@ -60,11 +67,14 @@ class TurboMetadata(AttentionMetadata):  # type: ignore[misc]  # vLLM is not ins
     decoding: Lengths
     tokens: int
     prefilling: Lengths | None = None
+    decode_tokens: int = 0
+    drafts: Drafts | None = None
     first_token: int = 0
     chunk_starts: tuple[int, ...] = ()
     cu: Tensor | None = None
     longest: int = 0
     has_prefix: bool = False
+    contexts: tuple[int, ...] = ()
     fresh: Tensor | None = None
     copies: tuple[Tensor, Tensor] | None = None
 
@@ -72,37 +82,54 @@ class TurboMetadata(AttentionMetadata):  # type: ignore[misc]  # vLLM is not ins
 class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ignore[misc]  # as above
     """Builds `TurboMetadata` in buffers that keep their addresses, because captured graphs read them."""
 
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     reorder_batch_threshold = 1
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Of decode: steps of one token, with speculation of one and all drafts."""
+        graphs = AttentionCGSupport
+        return graphs.UNIFORM_BATCH if draft_tokens(vllm_config) else graphs.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._widest = 1 + draft_tokens(vllm_config)
         self.kv_heads = int(kv_cache_spec.num_kv_heads)
         sequences = int(vllm_config.scheduler_config.max_num_seqs)
         self.spare_row = pool_rows(vllm_config) - 1
-        self._map = None if has_stable_rows(vllm_config) else RowMap(self.spare_row)
+        self._map = None if has_stable_rows(vllm_config) else RowMap(self.spare_row, self._widest - 1)
         if self._map is not None and device.type != "cpu":
             raise UnsupportedError("vLLM's older model runner on a GPU: rows of the open pages need the newer one")
         # The numbers of `Lengths`; a captured batch may be padded a little beyond max_num_seqs.
-        self._numbers = torch.zeros(8, -(-sequences // 64) * 64, dtype=torch.int32, device=device)
+        self._numbers = torch.zeros(9, -(-sequences // 64) * 64, dtype=torch.int32, device=device)
         self._table: Tensor | None = None
         self._heads = torch.arange(self.kv_heads, dtype=torch.int32, device=device)[:, None]
         self._ends: dict[int, int] = {}  # tokens after the last chunk of each row, to know when a row begins anew
+        self._rank = str(vllm_config.parallel_config.rank)
+        self._faults = FaultWatch(self._numbers[7], self._count_fault)
+        self._invented = False  # whether the steps before had no requests behind them
+        # vLLM captures graphs with a small cache first, before it knows how many blocks there are.
+        self._unreported = vllm_config.cache_config.num_gpu_blocks is not None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TurboMetadata:
         common: Any = common_attn_metadata
         count = int(common.num_reqs)
+        self._watch(common)
         starts: np.ndarray[Any, Any] = common.query_start_loc_cpu[: count + 1].numpy()
         new = np.diff(starts)
-        longer = np.flatnonzero(new > 1)
+        longer = np.flatnonzero(new > self._widest)
         decodes = int(longer[0]) if len(longer) else count
         seen = common.seq_lens_cpu_upper_bound
         ends = None if seen is None else seen[:count].numpy()
         numbers, copies = self._fill(common, count, new, ends)
+        if common.req_idx is not None and common.is_prefilling is not None and ends is not None:
+            self._begin_anew(common, decodes, new, ends)
         meta = TurboMetadata(decodes, numbers.part(0, decodes), int(common.num_actual_tokens), copies=copies)
+        meta.decode_tokens = int(starts[decodes])
+        if meta.decode_tokens > decodes:
+            meta.drafts = Drafts.of(new[:decodes], self._numbers[8, :decodes])
         if decodes < count:
             meta.prefilling = numbers.part(decodes, count)
             meta.first_token = int(starts[decodes])
@@ -110,6 +137,9 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
             meta.cu = (common.query_start_loc[decodes : count + 1] - meta.first_token).to(torch.int32)
             meta.longest = int(new[decodes:].max())
             meta.has_prefix = ends is None or bool((ends[decodes:] > new[decodes:]).any())
+            # Where vLLM knows no bound the table has one.
+            most = int(common.block_table_tensor.shape[1]) * PAGE_TOKENS
+            meta.contexts = tuple([most] * (count - decodes) if ends is None else ends[decodes:].tolist())
             meta.fresh = self._fresh(common.req_idx, decodes, count, new, ends)
         return meta
 
@@ -119,14 +149,15 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
         """The device's numbers of all sequences, by operations that do not wait for it."""
         if count > self._numbers.shape[1]:
             raise UnsupportedError(f"vLLM: a batch of {count} sequences, more than max_num_seqs; use smaller graphs")
-        before, after, paged_before, paged_after, counts, rows, sinks, fault = self._numbers[:, :count]
+        before, after, paged_before, paged_after, counts, rows, sinks, fault, _ = self._numbers[:, :count]
         table = common.block_table_tensor[:count]
         after.copy_(common.seq_lens[:count])
         torch.sub(common.query_start_loc[1 : count + 1], common.query_start_loc[:count], out=counts)
         # Padding has no tokens, whatever an earlier batch left in its length.
         after.mul_(counts > 0)
         torch.sub(after, counts, out=before)
-        for tokens, paged in ((before, paged_before), (after, paged_after)):
+        sure = after if self._widest == 1 else before + counts.clamp(max=1)
+        for tokens, paged in ((before, paged_before), (sure, paged_after)):
             torch.div(tokens, PAGE_TOKENS, rounding_mode="floor", out=paged).mul_(PAGE_TOKENS)
         sinks.copy_(table[:, 0])
         if self._table is None or self._table.shape[-1] != table.shape[1]:
@@ -159,6 +190,45 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
         source = [self.spare_row if entry.source is None else entry.source for entry in moved]
         return torch.tensor(source, dtype=torch.int64), torch.tensor([entry.row for entry in moved], dtype=torch.int64)
 
+    def _watch(self, common: Any) -> None:
+        """Faults of the steps before, and once the report of the start."""
+        if self._unreported:
+            from turboattention.integrations.vllm.layers import compressed_layers, start_report
+
+            self._unreported = False
+            # Of several groups of layers the first speaks for all.
+            if next(iter(compressed_layers(self.vllm_config))) in self.layer_names:
+                report = start_report(self.vllm_config)
+                if self._rank == "0":
+                    say(report)
+                metrics().started(report, self._rank)
+        if self._map is None and common.req_idx is None:
+            self._invented = True
+            return
+        if self._invented:
+            self._faults.forget()
+            self._invented = False
+        self._faults.look()
+
+    def _count_fault(self, kind: str, sequences: int) -> None:
+        metrics().faults.labels(self._rank, kind).inc(sequences)
+
+    def _begin_anew(self, common: Any, decodes: int, new: "np.ndarray[Any, Any]", ends: "np.ndarray[Any, Any]") -> None:
+        """Clear the query statistics of rows where a request begins with a step that looks like decode."""
+        begun = []
+        for i in np.flatnonzero(common.is_prefilling[:decodes].numpy()):
+            row, end = int(common.req_idx[i]), int(ends[i])
+            if self._ends.get(row) != end - int(new[i]):
+                begun.append(row)
+            self._ends[row] = end
+        if begun:
+            from turboattention.integrations.vllm.layers import compressed_layers
+
+            rows = torch.tensor(begun, device=self.device)
+            for layer in compressed_layers(self.vllm_config, self.layer_names).values():
+                if layer.pages.power is not None:
+                    layer.pages.power.index_fill_(0, rows, 0.0)
+
     def _fresh(
         self,
         req_idx: "np.ndarray[Any, Any] | None",
@@ -189,3 +259,9 @@ def pool_rows(vllm_config: Any) -> int:
     """Rows of the open-page pool: one for each sequence and one for padding."""
     sequences = int(vllm_config.scheduler_config.max_num_seqs)
     return (sequences if has_stable_rows(vllm_config) else OLD_RUNNER_SPARE * sequences) + 1
+
+
+def draft_tokens(vllm_config: Any) -> int:
+    """Draft tokens of a sequence in a step, 0 without speculative decoding."""
+    chosen = vllm_config.speculative_config
+    return 0 if chosen is None else int(chosen.num_speculative_tokens or 0)

@@ -7,6 +7,7 @@ from turboattention.errors import UnsupportedError
 from turboattention.integrations.vllm.settings import DTYPES
 
 BACKEND = "TURBO_ATTENTION"
+CPU_DTYPE = "fp8"  # stands for our KV dtypes in the CPU slot, where no dtype can be added
 _GPU_CLASS = "turboattention.integrations.vllm.backend.TurboAttentionBackend"
 _CPU_CLASS = "turboattention.integrations.vllm.backend.CpuTurboAttentionBackend"
 
@@ -30,7 +31,8 @@ def register() -> None:
 def register_for_cpu() -> None:
     """Put the backend into the slot that vLLM's CPU platform always takes: how the plugin is tested without a GPU.
 
-    The policy is then ``additional_config={"turboattention": {"policy": ...}}`` with the KV dtype ``auto``.
+    The policy is then ``additional_config={"turboattention": {"policy": ...}}`` with the KV dtype ``fp8``, which stands
+    for ours: vLLM 0.32 takes no new ones.
     """
     registry = import_module("vllm.v1.attention.backends.registry")
     registry.register_backend(registry.AttentionBackendEnum.CPU_ATTN, _CPU_CLASS)

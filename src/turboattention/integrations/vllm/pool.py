@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from turboattention.errors import UnsupportedError
 from turboattention.integrations.vllm.metadata import Lengths
 from turboattention.integrations.vllm.settings import PAGE_TOKENS
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
@@ -15,7 +16,8 @@ from turboattention.quant.layout import PageLayout
 class OpenPages:
     """Rows for sequences; the last row is for padding.
 
-    key, value: ``[rows, kv_heads, 64, head_dim]``; a token is in slot ``position % 64``.
+    key, value: ``[rows, kv_heads, capacity, head_dim]``; a token is in slot ``position % capacity``, which is 64, more
+        where drafts need room.
     power: float32 ``[rows, kv_heads, head_dim]``, sums of squared queries; None where the format refines no channels.
     """
 
@@ -26,11 +28,17 @@ class OpenPages:
 
     @classmethod
     def allocate(
-        cls, layout: PageLayout, rows: int, kv_heads: int, dtype: torch.dtype, device: torch.device
+        cls,
+        layout: PageLayout,
+        rows: int,
+        kv_heads: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int = PAGE_TOKENS,
     ) -> "OpenPages":
         """Zeros; float16 for models in float32, as pages round anyway."""
         stored = dtype if dtype.itemsize == 2 else torch.float16
-        shape = (rows, kv_heads, PAGE_TOKENS, layout.head_dim)
+        shape = (rows, kv_heads, capacity, layout.head_dim)
         key, value = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
         power = None
         if layout.key.refined_channels(layout.head_dim):
@@ -44,9 +52,15 @@ class OpenPages:
     def view(self, kv_cache: Tensor, numbers: Lengths, *, after: bool) -> PagedKV:
         """The cache of some sequences before or after their new tokens.
 
-        kv_cache: vLLM's blocks, uint8 ``[blocks, kv_heads, 64, bytes of a token]``, contiguous.
+        kv_cache: vLLM's blocks, uint8 ``[blocks, kv_heads, 64, bytes of a token]``. Raises UnsupportedError where vLLM
+        has padded them to the larger pages of other layers.
         """
         heads = self.key.shape[1]
+        if not kv_cache.is_contiguous():
+            raise UnsupportedError(
+                "vLLM: blocks of compressed pages are padded to the size of another layer's block; use a larger "
+                "--block-size, a multiple of 64"
+            )
         pool = kv_cache.view(torch.uint8).view(-1, self.layout.nbytes)
         group = PagedGroup(self.layout, tuple(range(heads)), pool, numbers.table)
         sink_key, sink_value = self._sinks(pool, heads)

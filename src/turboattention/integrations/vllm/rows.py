@@ -22,7 +22,9 @@ class RowMap:
     to others is found by age; a lost open page is an error, never another sequence's content.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, drafts: int = 0) -> None:
+        """drafts: tokens of a step that may be taken back."""
+        self._drafts = drafts
         self._row_of_block: dict[int, int] = {}
         self._blocks_of_row: dict[int, set[int]] = {}
         self._by_age: OrderedDict[int, None] = OrderedDict.fromkeys(range(rows))  # oldest first
@@ -53,13 +55,15 @@ class RowMap:
                 taken.add(row)
                 self._by_age.move_to_end(row)
                 entry = Assigned(row, source)
-            self._own(entry.row, table[max(end - 1, 0) // PAGE_TOKENS])
+            # After drafts that are taken back the sequence goes on from an earlier block.
+            first = max(tokens, end - 1 - self._drafts)
+            self._own(entry.row, table[first // PAGE_TOKENS : max(end - 1, first) // PAGE_TOKENS + 1])
             result.append(entry)
         return result
 
-    def _own(self, row: int, block: int) -> None:
+    def _own(self, row: int, blocks: Sequence[int]) -> None:
         for old in self._blocks_of_row.get(row, ()):
             if self._row_of_block.get(old) == row:
                 del self._row_of_block[old]
-        self._blocks_of_row[row] = {block}
-        self._row_of_block[block] = row
+        self._blocks_of_row[row] = set(blocks)
+        self._row_of_block.update(dict.fromkeys(blocks, row))

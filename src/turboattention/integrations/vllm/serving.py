@@ -6,10 +6,17 @@ from pathlib import Path
 
 from turboattention.errors import invalid
 from turboattention.integrations.vllm.plugin import BACKEND
-from turboattention.integrations.vllm.settings import DTYPES, PAGE_TOKENS, SECTION, check_policy
+from turboattention.integrations.vllm.settings import (
+    DTYPES,
+    PAGE_TOKENS,
+    SECTION,
+    check_policy,
+    layers_at_16_bits,
+)
 from turboattention.policy import Policy
 
 _DTYPE_OF_PRESET = {"turbo4": "turbo_int4", "turbo2": "turbo_int2"}
+_SKIP = "--kv-cache-dtype-skip-layers"
 _OURS = ("--attention-backend", "--block-size")  # options that the plugin decides
 
 
@@ -33,8 +40,11 @@ def serve_arguments(model: str, preset: str | None, policy: Path | None, options
         raise invalid("--kv-cache-dtype", known, dtype)
     chosen = preset or "turbo4"
     section: dict[str, str] = {}
+    skip: list[str] = []
     if policy is not None:
-        check_policy(Policy.load(policy))
+        loaded = Policy.load(policy)
+        check_policy(loaded)
+        skip = [str(layer) for layer in layers_at_16_bits(loaded)]
         section = {"policy": str(policy.resolve())}
     elif chosen not in _DTYPE_OF_PRESET:
         check_policy(Policy.from_preset(chosen))
@@ -43,6 +53,10 @@ def serve_arguments(model: str, preset: str | None, policy: Path | None, options
     dtype = dtype or _DTYPE_OF_PRESET.get(chosen, DTYPES[0])
     command = ["serve", model, "--attention-backend", BACKEND, "--kv-cache-dtype", dtype]
     command += ["--block-size", str(PAGE_TOKENS)]
+    if skip:
+        if any(option.split("=", 1)[0] == _SKIP for option in rest):
+            raise invalid(_SKIP, "to be left out", "both", f"policy {policy} names the layers at 16 bits")
+        command += [_SKIP, *skip]
     config = {**_object(given), **({SECTION: section} if section else {})}
     return [*command, *(["--additional-config", json.dumps(config)] if config else []), *rest]
 

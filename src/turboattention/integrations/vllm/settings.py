@@ -1,6 +1,6 @@
 """From vLLM's options to a policy and a page layout, or a refusal with its reason."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +10,7 @@ from turboattention.config import get_preset, presets
 from turboattention.errors import UnsupportedError, invalid
 from turboattention.ops.append import supports
 from turboattention.ops.dispatch import without_portable
-from turboattention.policy import Policy
+from turboattention.policy import ModelShape, Policy
 from turboattention.quant.layout import PageLayout
 
 PAGE_TOKENS = 64  # of a kernel block
@@ -74,12 +74,45 @@ def check_policy(policy: Policy) -> None:
         (cache.page_size != PAGE_TOKENS, f"pages of {cache.page_size} tokens, not {PAGE_TOKENS}"),
         (cache.recent_window > 0, "a recent window"),
         (cache.open_page != "exact" or cache.low_priority_heads > 0, "the paper's clamped buffer or mixed heads"),
-        (bool(policy.overrides), "overrides: all pages of an engine have the same format"),
         (not policy.attention.plain, policy.attention.described),
     )
     for refused, reason in reasons:
         if refused:
             raise UnsupportedError(f"vLLM with policy {policy.name!r}: {reason}; use a turbo preset")
+    layers_at_16_bits(policy)
+
+
+def layers_at_16_bits(policy: Policy) -> tuple[int, ...]:
+    """Layers that the policy's overrides leave at 16 bits: vLLM's skip list.
+
+    Raises UnsupportedError for other overrides: vLLM gives one page size to all layers of a KV dtype, and pages of
+    fewer bits would save nothing in it.
+    """
+    layers = set()
+    for override in policy.overrides:
+        whole = override.layer is not None and override.head is None and override.tensor == "both"
+        if override.bits != 16 or not whole or override.layer is None:
+            part = f"layer {override.layer}, head {override.head}, {override.tensor}: {override.bits} bits"
+            raise UnsupportedError(
+                f"vLLM with policy {policy.name!r}: override of {part}; all pages of an engine have the same format, "
+                "and only whole layers can be left at 16 bits"
+            )
+        layers.add(override.layer)
+    return tuple(sorted(layers))
+
+
+def check_model(policy: Policy, shape: ModelShape, skipped: Sequence[str]) -> None:
+    """Raise unless a policy fits the model of an engine and the skip list of its cache configuration.
+
+    skipped: vLLM's ``kv_cache_dtype_skip_layers``.
+    """
+    policy.validate_for(shape)
+    missing = [str(layer) for layer in layers_at_16_bits(policy) if str(layer) not in skipped]
+    if missing:
+        raise invalid(
+            "kv-cache-dtype-skip-layers", f"{' '.join(missing)} too, which policy {policy.name!r} leaves at 16 bits",
+            " ".join(skipped) or "none", "turboattention serve sets it",
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
