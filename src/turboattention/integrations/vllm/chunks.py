@@ -1,5 +1,6 @@
 """Attention of chunks of prompts over themselves and over what the cache held before them."""
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -9,11 +10,13 @@ from turboattention.config import AttentionConfig
 from turboattention.integrations.vllm.metadata import TurboMetadata
 from turboattention.ops import attend
 from turboattention.ops.common.cached_kv import CachedKV
-from turboattention.ops.common.paged_kv import PagedKV, sequence
+from turboattention.ops.common.paged_kv import PagedKV, sequence, sequences_of
 from turboattention.ops.prefill import chunked_prefill
-from turboattention.ops.prefill.over_cache import over_cache
-from turboattention.ops.prefill.reference import AttentionOutput
+from turboattention.ops.prefill.expand import expand_with_chunk
+from turboattention.ops.prefill.int8_prefill import int8_prefill
 from turboattention.ops.prefill.sequences import Sequences
+
+WORKSPACE_TOKENS = 131072  # 512 MiB of K and V with 8 KV heads of 128 channels
 
 
 def attend_chunks(
@@ -27,36 +30,63 @@ def attend_chunks(
 ) -> Tensor:
     """Causal attention of packed chunks ``[tokens, heads, head_dim]``; returns the same shape.
 
-    before: the cache before the chunks, None where no chunk has any. With chunk_bits 8 a chunk reads itself in INT8;
-    else FlashAttention computes that part on GPUs, and on CPUs everything is one call for each sequence.
+    before: the cache before the chunks, None where no chunk has any. On CPUs each sequence is one call over its codes.
+    On GPUs what the codes stand for is written out in 16 bits with the chunk behind it (decision 0007), in parts of
+    WORKSPACE_TOKENS, and FlashAttention reads that; with chunk_bits 8 `int8_prefill`.
     """
     assert meta.cu is not None  # there are chunks
-    if config.chunk_bits == 8:
-        sequences = Sequences.packed(q, k, meta.cu, max_q=meta.longest)
-        return chunked_prefill(q, k, v, before, scale=scale, sequences=sequences).out
     if q.device.type == "cpu":
+        if config.chunk_bits == 8:
+            sequences = Sequences.packed(q, k, meta.cu, max_q=meta.longest)
+            return chunked_prefill(q, k, v, before, scale=scale, sequences=sequences).out
         return _one_by_one(q, k, v, before, meta, scale)
-    chunk = _flash(q, k, v, meta, scale)
+    attention = _int8 if config.chunk_bits == 8 else _flash
     if before is None:
-        return chunk.out
-    from turboattention.ops.prefill.merge_triton import merge_into  # needs Triton
+        return attention(q, k, v, meta.cu, meta.cu, meta.longest, meta.longest, scale)
+    out = torch.empty_like(q)
+    starts = [start - meta.first_token for start in meta.chunk_starts]
+    for first, last in _parts(meta.contexts):
+        tokens = slice(starts[first], starts[last])
+        if tokens.start == tokens.stop:
+            continue
+        cu = meta.cu[first : last + 1] - starts[first]
+        contexts = meta.contexts[first:last]
+        keys, values, cu_k = expand_with_chunk(
+            sequences_of(before, first, last), k[tokens], v[tokens], cu, total=sum(contexts), longest=max(contexts)
+        )
+        out[tokens] = attention(q[tokens], keys, values, cu, cu_k, meta.longest, max(contexts), scale)
+    return out
 
-    sequences = Sequences.packed(q, k, meta.cu, max_q=meta.longest)
-    rows = meta.cu[:-1, None] + torch.arange(meta.longest, device=q.device)
-    dense = q[rows.clamp_max(len(q) - 1)].transpose(1, 2)
-    merge_into(chunk, over_cache(dense, before, scale=scale, causal=False), sequences)
-    return chunk.out
+
+def _parts(contexts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of sequences whose contexts together fit the workspace; one that does not fit is alone."""
+    first, held = 0, 0
+    for i, tokens in enumerate(contexts):
+        if i > first and held + tokens > WORKSPACE_TOKENS:
+            yield first, i
+            first, held = i, 0
+        held += tokens
+    yield first, len(contexts)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, meta: TurboMetadata, scale: float) -> AttentionOutput:
+def _int8(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, scale: float
+) -> Tensor:  # fmt: skip
+    sequences = Sequences.packed(q, k, cu_q, cu_k, max_q=longest_q, max_k=longest_k)
+    return int8_prefill(q, k, v, scale=scale, sequences=sequences).out
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, scale: float
+) -> Tensor:  # fmt: skip
     from vllm.v1.attention.backends import fa_utils
 
     version = fa_utils.get_flash_attn_version(head_size=q.shape[-1])
-    out, lse = fa_utils.flash_attn_varlen_func(
-        q=q, k=k, v=v, cu_seqlens_q=meta.cu, cu_seqlens_k=meta.cu, max_seqlen_q=meta.longest,
-        max_seqlen_k=meta.longest, softmax_scale=scale, causal=True, return_softmax_lse=True, fa_version=version,
-    )[:2]  # fmt: skip
-    return AttentionOutput(out, lse)
+    out: Tensor = fa_utils.flash_attn_varlen_func(
+        q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k,
+        softmax_scale=scale, causal=True, fa_version=version,
+    )  # fmt: skip
+    return out
 
 
 def _one_by_one(
