@@ -8,6 +8,7 @@ In an environment of its own, because vLLM pins torch and much else:
     for file in tests/integrations/vllm_engine/test_*.py; do vllm-venv/bin/python -m pytest $file; done
 """
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def started(folder: Path | None = None, policy: str = "turbo4", **more: Any) -> 
 
     from turboattention.integrations.vllm.plugin import register_for_cpu
 
+    gc.collect()  # the engine before, which would take down the process groups of this one later
     register_for_cpu()
     return vllm.LLM(model=str(model_folder() if folder is None else folder), **options(policy, **more))
 
