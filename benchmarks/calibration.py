@@ -3,8 +3,11 @@
     python benchmarks/calibration.py --model smollm2-135m --target max-kl=0.005 --target bits=3.25 \
         --held-out-tokens 4096 --out benchmarks/results/calibration.csv
 
-One row for each policy that a calibration measured; presets and other sizes once for a model. With --state all targets
-share the sensitivities, and a run that was stopped goes on.
+    python benchmarks/calibration.py --model smollm2-135m --bits 2.5 --bits 3.25 --preset turbo3 --out FILE
+
+The first form tunes each target as `turboattention calibrate` does; the second measures sizes in one pass, untuned. One
+row for each policy that was measured; presets and other sizes once for a model. With --state all targets share the
+sensitivities, and a run that was stopped goes on.
 """
 
 import csv
@@ -15,10 +18,17 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from turboattention.calibration.calibrate import calibrate
-from turboattention.calibration.result import CalibrationResult, Point
+from turboattention.calibration.allocate import Frontier, loss_of, options
+from turboattention.calibration.calibrate import calibrate, sensitivities
+from turboattention.calibration.levels import policy_of
+from turboattention.calibration.result import CalibrationResult, Kind, Point
+from turboattention.calibration.session import Session
 from turboattention.calibration.settings import Settings
+from turboattention.calibration.tune import size_of_bits
+from turboattention.evaluation.environment import environment
+from turboattention.evaluation.texts import BUNDLED_TEXTS
 from turboattention.integrations.models import load_model
+from turboattention.policy import Policy
 
 COLUMNS = (
     "model", "kind", "name", "per", "bits_per_value", "kl", "kl_low", "kl_high", "added_nats", "added_nats_low",
@@ -31,7 +41,10 @@ COLUMNS = (
 def main(
     model: Annotated[str, typer.Option(help="a name that the command line knows, or a path")],
     out: Annotated[Path, typer.Option(help="CSV file to append to")],
-    target: Annotated[list[str], typer.Option(help="as of turboattention calibrate; repeatable")],
+    target: Annotated[list[str] | None, typer.Option(help="as of turboattention calibrate; repeatable")] = None,
+    bits: Annotated[list[float] | None, typer.Option(help="sizes to measure together, untuned; repeatable")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="presets to measure with them; repeatable")] = None,
+    measured_tokens: Annotated[int, typer.Option(help="with --bits: of each held-out window, the first; 0: all")] = 0,
     tokens: int = 16_384,
     window: int = 1024,
     held_out_tokens: int = 1024,
@@ -47,13 +60,17 @@ def main(
     torch.backends.cuda.matmul.allow_tf32 = False
     loaded = load_model(model, dtype=getattr(torch, dtype), device=device)
     settings = Settings(tokens, window, held_out_tokens, per, probes, curve, 0, seed)  # type: ignore[arg-type]
-    written: set[str] = set()
     fresh = not out.exists()
     with out.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         if fresh:
             writer.writeheader()
-        for goal in target:
+        if bits:
+            session = Session(loaded, BUNDLED_TEXTS, (), settings, state, _say)
+            writer.writerows(_sizes(session, bits, preset or [], measured_tokens))
+            file.flush()
+        written: set[str] = set()
+        for goal in target or []:
             result = calibrate(loaded, target=goal, settings=settings, state=state, progress=_say).result
             for point in result.points:
                 if point.name not in written:
@@ -63,18 +80,50 @@ def main(
             print(goal, result.chosen.bits_per_value, result.chosen.kl, result.seconds, file=sys.stderr, flush=True)
 
 
-def _row(result: CalibrationResult, point: Point, window: int) -> dict[str, Any]:
-    machine = result.environment
-    row: dict[str, Any] = {
-        "model": result.model, "kind": point.kind, "name": point.name, "bits_per_value": f"{point.bits_per_value:.4f}",
-        "top1": f"{point.top1_agreement:.5f}", "held_out": " ".join(result.held_out),
-        "held_out_tokens": result.held_out_tokens, "device": machine.get("gpu") or machine.get("cpu"),
-        "torch": machine["packages"]["torch"], "transformers": machine["packages"]["transformers"],
-        "dtype": machine["dtype"],
+def _sizes(session: Session, bits: list[float], presets: list[str], measured_tokens: int) -> list[dict[str, Any]]:
+    """Rows of the same allocation at several sizes and of presets, in one pass over the held-out text."""
+    table, _ = sensitivities(session)
+    frontier = Frontier(options(table, session.shape, session.settings.per))
+    policies: list[tuple[Kind, Policy]] = []
+    for size in bits:
+        choice = frontier.choose(size_of_bits(session, frontier, size))
+        policies.append(("calibrated", policy_of(f"calibrated {size:g}", choice, session.shape)))
+        print(size, "predicted KL", loss_of(choice, table), file=sys.stderr, flush=True)
+    policies += [("uniform", Policy.from_preset(name)) for name in presets]
+    tokens = measured_tokens or session.settings.held_out_tokens
+    rows = session.plan.held_out[:, : tokens + 1]
+    points = session.measured(f"first {tokens} held-out tokens", rows, session.plan.held_out_names, policies)
+    read = (len(session.plan.sensitivity) + len(session.plan.tuning)) * session.settings.window
+    shared = {
+        "model": session.loaded.name, "held_out": " ".join(session.plan.held_out_names), "held_out_tokens": tokens,
+        **_machine(environment(session.model.dtype, session.model.device)),
     }  # fmt: skip
+    ours = {"per": session.settings.per, "tokens": read, "window": session.settings.window,
+            "seed": session.settings.seed}  # fmt: skip
+    return [shared | (ours if point.kind == "calibrated" else {}) | _numbers(point) for point in points]
+
+
+def _machine(machine: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "device": machine.get("gpu") or machine.get("cpu"), "torch": machine["packages"]["torch"],
+        "transformers": machine["packages"]["transformers"], "dtype": machine["dtype"],
+    }  # fmt: skip
+
+
+def _numbers(point: Point) -> dict[str, Any]:
+    row: dict[str, Any] = {"kind": point.kind, "name": point.name, "bits_per_value": f"{point.bits_per_value:.4f}",
+                           "top1": f"{point.top1_agreement:.5f}"}  # fmt: skip
     for name in ("kl", "added_nats"):
         mean, interval = getattr(point, name), getattr(point, f"{name}_ci")
         row |= {name: f"{mean:.6f}", f"{name}_low": f"{interval.low:.6f}", f"{name}_high": f"{interval.high:.6f}"}
+    return row
+
+
+def _row(result: CalibrationResult, point: Point, window: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "model": result.model, "held_out": " ".join(result.held_out), "held_out_tokens": result.held_out_tokens,
+        **_machine(result.environment), **_numbers(point),
+    }  # fmt: skip
     if point.kind in ("chosen", "calibrated", "rule"):
         row |= {"per": result.per, "tokens": result.tokens, "window": window, "seed": result.seed}
     if point.kind == "chosen":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from turboattention.calibration.allocate import Frontier, Option, loss_of, options, papers_rule, size_of
-from turboattention.calibration.levels import LEVELS, TENSORS, Unit, page_bytes
+from turboattention.calibration.levels import TENSORS, Unit, levels, page_bytes
 from turboattention.calibration.observe import LayerStatistics
 from turboattention.calibration.sensitivity import Table
 from turboattention.errors import InvalidInputError
@@ -21,7 +21,7 @@ def table(seed: int = 0) -> Table:
     return {
         Unit(layer, head, tensor): {
             level: generator.uniform(0.1, 10.0) * 4.0 ** -(fmt.bits + fmt.refined_bits * fmt.refined_share)
-            for level, fmt in LEVELS[tensor].items()
+            for level, fmt in levels(tensor, 64).items()
         }
         for layer in range(2)
         for head in range(2)

@@ -5,7 +5,7 @@ import torch
 
 from turboattention.calibration.bounds import head_bound
 from turboattention.calibration.capture import Captured
-from turboattention.calibration.levels import LEVELS
+from turboattention.calibration.levels import levels
 
 
 def captured(outlier: float, sharpness: float) -> Captured:
@@ -15,10 +15,10 @@ def captured(outlier: float, sharpness: float) -> Captured:
     return Captured(torch.randn(1, 4, 320, 64) * sharpness, key, value, 0.125)
 
 
-@pytest.mark.parametrize("levels", [("2", "2"), ("2+2x1/4", "2"), ("3+1x1/4", "3"), ("4", "4"), ("8", "8")])
+@pytest.mark.parametrize("pair", [("2", "2"), ("2+2x18", "2"), ("3+1x6", "3"), ("4", "4"), ("8", "8")])
 @pytest.mark.parametrize(("outlier", "sharpness"), [(0.0, 1.0), (40.0, 1.0), (5.0, 6.0), (0.0, 0.0)])
-def test_the_bound_holds(levels: tuple[str, str], outlier: float, sharpness: float) -> None:
-    formats = LEVELS["key"][levels[0]], LEVELS["value"][levels[1]]
+def test_the_bound_holds(pair: tuple[str, str], outlier: float, sharpness: float) -> None:
+    formats = levels("key", 64)[pair[0]], levels("value", 64)[pair[1]]
     for head in range(2):
         found = head_bound(captured(outlier, sharpness), head, *formats)
         assert 0 < found.seen <= found.bound
@@ -28,5 +28,7 @@ def test_the_bound_holds(levels: tuple[str, str], outlier: float, sharpness: flo
 def test_more_bits_have_smaller_bounds() -> None:
     data = captured(2.0, 1.0)
     # At 2 and 3 bits ranges are searched: what lies outside of them dominates both bounds.
-    three, four, eight = (head_bound(data, 0, LEVELS["key"][x], LEVELS["value"][x]).bound for x in ("3", "4", "8"))
+    three, four, eight = (
+        head_bound(data, 0, levels("key", 64)[x], levels("value", 64)[x]).bound for x in ("3", "4", "8")
+    )
     assert three > four > eight

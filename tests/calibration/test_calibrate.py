@@ -83,14 +83,23 @@ def test_the_same_twice_and_after_a_stop(loaded: LoadedModel, texts: list[Path],
         with pytest.raises(StopError):
             calibrate(loaded, texts, "max-kl=0.02", settings=SETTINGS, state=state, progress=stop)
     assert without_times(calibrate(loaded, texts, "max-kl=0.02", settings=SETTINGS, state=state)) == whole
-    # Everything is in the state now, also for a second target.
+    # Everything is in the state now.
     steps: list[str] = []
     calibrate(
         loaded, texts, "max-kl=0.02", settings=SETTINGS, state=state, progress=lambda done, total, x: steps.append(x)
     )
     assert steps == []
-    with pytest.raises(InvalidInputError, match=r"^state file: expected one of a run with the same model"):
-        calibrate(loaded, texts, "max-kl=0.02", settings=replace(SETTINGS, seed=1), state=state)
+    # Another target reads the sensitivities; another seed has its own.
+    for target, seed, expected in (("max-kl=0.05", 0, False), ("max-kl=0.02", 1, True)):
+        steps.clear()
+        settings = replace(SETTINGS, seed=seed)
+        again = calibrate(
+            loaded, texts, target, settings=settings, state=state, progress=lambda done, total, x: steps.append(x)
+        )
+        assert ("sensitivities" in steps) == expected
+        assert without_times(again) == without_times(calibrate(loaded, texts, target, settings=settings))
+    with pytest.raises(InvalidInputError, match=r"^state file: expected one of the same model and dtype"):
+        calibrate(replace(loaded, name="other"), texts, "max-kl=0.02", settings=SETTINGS, state=state)
 
 
 def test_retrieval_is_part_of_the_report(loaded: LoadedModel, texts: list[Path]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from turboattention.calibration.capture import Captured, capturing, score_gradients
-from turboattention.calibration.levels import LEVELS, TENSORS, Unit
+from turboattention.calibration.levels import Unit, levels, policy_of, uniform
 from turboattention.calibration.sensitivity import (
     add,
     chosen_probes,
@@ -51,8 +51,10 @@ def test_rounding_errors_are_those_of_the_real_cache(loaded: LoadedModel) -> Non
     with torch.inference_mode(), capturing(loaded.model) as layers:
         loaded.model(input_ids=tokens, use_cache=False)
         captured = dict(layers)
-    with enable(loaded.model, "turbo2"), torch.inference_mode():
-        cache = TurboCache(loaded.model.config, "turbo2")
+    shape = model_shape(loaded.model.config)
+    policy = policy_of("same", uniform("2+2x18", "2", shape), shape)
+    with enable(loaded.model, policy), torch.inference_mode():
+        cache = TurboCache(loaded.model.config, policy)
         for part in tokens.split(64, dim=1):
             loaded.model(input_ids=part, past_key_values=cache)
         cache.commit()
@@ -61,10 +63,10 @@ def test_rounding_errors_are_those_of_the_real_cache(loaded: LoadedModel) -> Non
 
     (group,) = cache.turbo_layers[0].cache.groups
     key, value = (x[0].flatten(1, 2) for x in expand_pages(group.layout, group.pages))
-    errors = {t: rounding_errors(captured[0], t) for t in TENSORS}
+    errors = {(tensor, level): error for tensor, level, error in rounding_errors(captured[0])}
     for stored, exact, error in (
-        (key, captured[0].key, errors["key"]["2+2x1/4"]),
-        (value, captured[0].value, errors["value"]["2"]),
+        (key, captured[0].key, errors["key", "2+2x18"]),
+        (value, captured[0].value, errors["value", "2"]),
     ):
         expected = stored - exact[0].half().float()
         expected[:, 0] = 0.0
@@ -120,5 +122,5 @@ def test_spearman() -> None:
 
 
 def test_tables_survive_json() -> None:
-    table = {Unit(3, 1, "key"): {"2": 0.25}, Unit(10, 0, "value"): dict.fromkeys(LEVELS["value"], 1.0)}
+    table = {Unit(3, 1, "key"): {"2": 0.25}, Unit(10, 0, "value"): dict.fromkeys(levels("value", 64), 1.0)}
     assert table_from_json(table_to_json(table)) == table

@@ -99,7 +99,7 @@ def test_state_is_kept_and_refused_for_another_run(tmp_path: Path) -> None:
     assert State(path, "run").get("a") == [1, 2.5]
     assert State(path, "run").get("b") is None
     assert [x.name for x in tmp_path.iterdir()] == ["state.json"]
-    with pytest.raises(InvalidInputError, match=r"^state file: expected one of a run with the same model, texts"):
+    with pytest.raises(InvalidInputError, match=r"^state file: expected one of the same model and dtype"):
         State(path, "other")
     path.write_text(path.read_text()[:20])
     with pytest.raises(InvalidInputError, match=r"remove it to begin anew$"):

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from turboattention.calibration.levels import LEVELS, Choice, Unit, page_bytes, uniform
+from turboattention.calibration.levels import PLAIN_LEVELS, Choice, Unit, page_bytes, uniform
 from turboattention.calibration.observe import LayerStatistics
 from turboattention.calibration.sensitivity import Table
 from turboattention.errors import invalid
@@ -136,8 +136,8 @@ def papers_rule(
     statistics: Sequence[LayerStatistics], shape: ModelShape, high: str = "4", low: str = "2", share: float = 0.5
 ) -> Choice:
     """Heads of the lowest gap x deviation of a layer at ``low``, K and V apart (arXiv 2412.08585); others ``high``."""
-    if not {high, low} <= LEVELS["value"].keys() & LEVELS["key"].keys():
-        raise invalid("levels", "levels that K and V have", f"{high} and {low}")
+    if not {high, low} <= set(PLAIN_LEVELS):
+        raise invalid("levels", f"two of {', '.join(PLAIN_LEVELS)}", f"{high} and {low}")
     choice = dict(uniform(high, high, shape))
     for layer, seen in enumerate(statistics):
         lowered = [set(low_priority_heads(x.priority, share)) for x in (seen.key, seen.value)]

@@ -28,6 +28,7 @@ from turboattention.calibration.sensitivity import (
 )
 from turboattention.calibration.session import Session
 from turboattention.calibration.settings import Settings
+from turboattention.calibration.state import fingerprint
 from turboattention.calibration.target import Target
 from turboattention.calibration.tune import tune
 from turboattention.evaluation.environment import environment
@@ -114,7 +115,8 @@ def sensitivities(session: Session) -> tuple[Table, list[LayerStatistics]]:
     The draws of a window follow from its number, so that a run that was stopped finds the same.
     """
     windows = session.plan.sensitivity[:, :-1]
-    saved = session.state.get("sensitivity") or {"windows": 0, "sums": {}, "statistics": []}
+    key = f"sensitivity {fingerprint([windows.tolist(), session.settings.seed])}"
+    saved = session.state.get(key) or {"windows": 0, "sums": {}, "statistics": []}
     sums = table_from_json(saved["sums"])
     statistics = [LayerStatistics.from_dict(x) for x in saved["statistics"]]
     for number in range(saved["windows"], len(windows)):
@@ -128,7 +130,7 @@ def sensitivities(session: Session) -> tuple[Table, list[LayerStatistics]]:
             for seen, captured in zip(statistics, layers, strict=True):
                 seen.update(captured.query, captured.key, captured.value)
             add(sums, window_estimates(dict(enumerate(layers))))
-        session.state.put("sensitivity", {
+        session.state.put(key, {
             "windows": number + 1, "sums": table_to_json(sums), "statistics": [x.to_dict() for x in statistics],
         })  # fmt: skip
     return table_per_token(sums, windows.numel()), statistics
@@ -139,12 +141,13 @@ def _probes(session: Session, table: Table) -> list[ProbeResult]:
     if not session.settings.probes:
         return []
     chosen = chosen_probes(table, session.settings.probes, session.settings.seed)
-    values = session.state.get("probes")
+    rows = session.plan.tuning[:1]
+    key = f"probes {fingerprint([rows.tolist(), [(str(unit), level) for unit, level in chosen]])}"
+    values = session.state.get(key)
     if values is None:
         with session.timed("probes"):
-            rows = session.plan.tuning[:1]
             values = measured(session.model, rows, chosen, session.shape, session.labelled("probes"))
-        session.state.put("probes", values)
+        session.state.put(key, values)
     return [
         ProbeResult(str(unit), level, table[unit][level], value)
         for (unit, level), value in zip(chosen, values, strict=True)

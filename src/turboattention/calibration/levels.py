@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import Literal
 
@@ -11,38 +12,34 @@ from turboattention.quant.layout import PageLayout
 
 Tensor2 = Literal["key", "value"]
 TENSORS: tuple[Tensor2, Tensor2] = ("key", "value")
-EXACT = "16"
 
 # Everything but the widths is that of the turbo presets (docs/decisions/0001): only what a page can mix varies.
 BASE: CacheConfig = get_preset("turbo4").cache
-
-
-def _key(bits: int, share: float = 0.0, more: int = 0) -> TensorFormat:
-    return replace(BASE.key, bits=bits, search=bits <= 3, refined_share=share, refined_bits=more)
-
-
-def _value(bits: int) -> TensorFormat:
-    return replace(BASE.value, bits=bits)
-
-
-# "2+2x1/4": 2 bits, and two more for a quarter of the channels of each page.
-LEVELS: Mapping[Tensor2, Mapping[str, TensorFormat]] = {
-    "key": {
-        "2": _key(2),
-        "2+2x1/8": _key(2, 1 / 8, 2),
-        "2+2x1/4": _key(2, 1 / 4, 2),
-        "2+2x1/2": _key(2, 1 / 2, 2),
-        "3": _key(3),
-        "3+1x1/4": _key(3, 1 / 4, 1),
-        "3+1x1/2": _key(3, 1 / 2, 1),
-        "4": _key(4),
-        "4+1x1/4": _key(4, 1 / 4, 1),
-        "4+1x1/2": _key(4, 1 / 2, 1),
-        "8": _key(8),
-    },
-    "value": {str(bits): _value(bits) for bits in (2, 3, 4, 8)},
-}
 PLAIN_LEVELS = ("2", "3", "4", "8")  # the ones that both tensors have
+# More bits for some channels of K, as (bits more, what the page may grow by in bits per value). A page is a multiple of
+# 128 bytes, so that the first ones are free.
+_REFINED = ((1, 0.0), (1, 1 / 8), (2, 1 / 8), (2, 2 / 8), (2, 3 / 8))
+
+
+@lru_cache(maxsize=8)
+def levels(tensor: Tensor2, head_dim: int) -> Mapping[str, TensorFormat]:
+    """The levels of K or V by name: bits, and for K ``2+2x18``: two more bits for 18 channels of each page."""
+    if tensor == "value":
+        return {level: replace(BASE.value, bits=int(level)) for level in PLAIN_LEVELS}
+    found: dict[str, TensorFormat] = {}
+    for level in PLAIN_LEVELS:
+        bits = int(level)
+        plain = replace(BASE.key, bits=bits, search=bits <= 3, refined_share=0.0, refined_bits=0)
+        found[level] = plain
+        room = PageLayout(BASE.page_size, head_dim, plain, BASE.value)
+        for more, growth in _REFINED if bits < 8 else ():
+            most = room.nbytes + growth * room.num_values / 8
+            for channels in range(head_dim // 2, 0, -1):
+                fmt = replace(plain, refined_share=channels / head_dim, refined_bits=more)
+                if PageLayout(BASE.page_size, head_dim, fmt, BASE.value).nbytes <= most:
+                    found[f"{bits}+{more}x{fmt.refined_channels(head_dim)}"] = fmt
+                    break
+    return found
 
 
 @dataclass(frozen=True, order=True)
@@ -63,14 +60,14 @@ Choice = Mapping[tuple[int, int], tuple[str, str]]  # (layer, KV head) -> levels
 def page_bytes(head_dim: int) -> dict[tuple[str, str], int]:
     """Bytes of a page of one head for each pair of levels of K and V, as the cache stores it."""
     return {
-        (k, v): PageLayout(BASE.page_size, head_dim, LEVELS["key"][k], LEVELS["value"][v]).nbytes
-        for k, v in product(LEVELS["key"], LEVELS["value"])
+        (key, value): PageLayout(BASE.page_size, head_dim, key_format, value_format).nbytes
+        for (key, key_format), (value, value_format) in product(*(levels(x, head_dim).items() for x in TENSORS))
     }
 
 
-def override(tensor: Tensor2, level: str, layer: int | None = None, head: int | None = None) -> Override:
+def override(tensor: Tensor2, level: str, head_dim: int, layer: int, head: int | None = None) -> Override:
     """The override that gives ``tensor`` the format of ``level`` on top of `BASE`."""
-    fmt = LEVELS[tensor][level]
+    fmt = levels(tensor, head_dim)[level]
     if tensor == "value":
         return Override(fmt.bits, layer, head, tensor)
     return Override(fmt.bits, layer, head, tensor, fmt.search, fmt.refined_share, fmt.refined_bits)
@@ -81,16 +78,20 @@ def policy_of(name: str, choice: Choice, shape: ModelShape) -> Policy:
     overrides: list[Override] = []
     for layer in range(shape.layers):
         for side, tensor in enumerate(TENSORS):
-            levels = [choice[layer, head][side] for head in range(shape.kv_heads)]
-            common = max(sorted(set(levels)), key=levels.count)
-            overrides.append(override(tensor, common, layer))
-            overrides += [override(tensor, x, layer, head) for head, x in enumerate(levels) if x != common]
+            wanted = [choice[layer, head][side] for head in range(shape.kv_heads)]
+            common = max(sorted(set(wanted)), key=wanted.count)
+            overrides.append(override(tensor, common, shape.head_dim, layer))
+            overrides += [
+                override(tensor, level, shape.head_dim, layer, head)
+                for head, level in enumerate(wanted)
+                if level != common
+            ]
     return Policy(name, BASE, overrides=tuple(overrides), model=shape)
 
 
 def alone(unit: Unit, level: str, shape: ModelShape) -> Policy:
     """Everything in 16 bits but one unit: what a measured sensitivity is measured with."""
-    overrides = (Override(16), override(unit.tensor, level, unit.layer, unit.head))
+    overrides = (Override(16), override(unit.tensor, level, shape.head_dim, unit.layer, unit.head))
     return Policy(f"{unit}@{level}", BASE, overrides=overrides, model=shape)
 
 

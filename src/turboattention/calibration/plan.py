@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SKIP = 256  # as `evaluation.texts`: title pages and headers
+HELD_OUT_SHARE = 0.45  # of each text at its beginning, so that windows hardly ever depend on how much of it is read
 TUNING_SHARE = 4  # each fourth window
 LEAST_WINDOWS = 2
 
@@ -43,8 +44,8 @@ def make_plan(
 ) -> Plan:
     """Cut windows in turn from all texts, ``tokens`` tokens in all (fewer where the texts end).
 
-    held_out: other texts; when empty, the beginning of each text, the very window that `compare` measures, and
-    calibration reads what follows it.
+    held_out: other texts; when empty, the beginning of each text is held out (the very window that `compare` measures),
+    and calibration reads the rest, from 45 % of the text on.
     """
     if not texts:
         raise invalid("texts", "at least one text", "none")
@@ -58,13 +59,11 @@ def make_plan(
         raise invalid("held-out texts", "other texts than those of the calibration", ", ".join(x.name for x in both))
     kept = windows(tokenizer, held_out or texts, held_out_tokens, context_length)
     start = leading_tokens(tokenizer)
-    first = _SKIP if held_out else _SKIP + held_out_tokens + 1
     step = window + 1 - len(start)
     queues = []
     for text in texts:
         ids = encode(tokenizer, load_text(text))
-        # A text too short for the skip: its window begins earlier, so what follows does too.
-        begin = first if held_out else min(first, len(ids))
+        begin = _SKIP if held_out else max(_SKIP + held_out_tokens + 1, int(HELD_OUT_SHARE * len(ids)))
         queues.append([start + ids[i : i + step] for i in range(begin, len(ids) - step + 1, step)])
     wanted = tokens // window
     found: list[list[int]] = []

@@ -62,7 +62,7 @@ def retrieval(session: Session, policy: Policy, others: Sequence[Policy]) -> lis
     for number, chosen in enumerate(tested):
         session.tell(number, len(tested), "secret codes")
         name = EXACT if chosen is None else chosen.name
-        key = f"needles {name} {'' if chosen is None else fingerprint(asdict(chosen))}"
+        key = f"needles {length} {name} {'' if chosen is None else fingerprint(asdict(chosen))}"
         if session.state.get(key) is None:
             with session.timed("secret codes"):
                 score = needle_score(session.model, session.loaded.tokenizer, chosen, length)

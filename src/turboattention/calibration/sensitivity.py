@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from turboattention.calibration.capture import Captured
-from turboattention.calibration.levels import BASE, LEVELS, TENSORS, Tensor2, Unit, alone
+from turboattention.calibration.levels import BASE, TENSORS, Tensor2, Unit, alone
 from turboattention.calibration.stored import PAGE, rounding_errors, whole_pages
 from turboattention.errors import invalid
 from turboattention.evaluation.stream import stream
@@ -65,11 +65,10 @@ def window_estimates(layers: dict[int, Captured]) -> Table:
     for layer, captured in sorted(layers.items()):
         whole = whole_pages(captured)
         gradients = gradients_of_stored(whole)
-        for tensor in TENSORS:
-            for level, error in rounding_errors(whole, tensor).items():
-                sums = 0.5 * (gradients[tensor] * error).sum(-1).double().square().sum(-1)
-                for head, value in enumerate(sums.tolist()):
-                    found.setdefault(Unit(layer, head, tensor), {})[level] = value
+        for tensor, level, error in rounding_errors(whole):
+            sums = 0.5 * (gradients[tensor] * error).sum(-1).double().square().sum(-1)
+            for head, value in enumerate(sums.tolist()):
+                found.setdefault(Unit(layer, head, tensor), {})[level] = value
     return found
 
 
@@ -144,7 +143,7 @@ def table_from_json(data: dict[str, dict[str, float]]) -> Table:
     found: Table = {}
     for name, levels in data.items():
         layer, head, tensor = name.split(".")
-        if tensor not in LEVELS:
+        if tensor not in TENSORS:
             raise invalid("state", "key or value", tensor)
-        found[Unit(int(layer), int(head), tensor)] = {level: float(x) for level, x in levels.items()}  # type: ignore[arg-type]
+        found[Unit(int(layer), int(head), tensor)] = {level: float(x) for level, x in levels.items()}
     return found

@@ -14,7 +14,6 @@ from turboattention.calibration.result import Kind, Point
 from turboattention.calibration.settings import Settings
 from turboattention.calibration.state import State, fingerprint
 from turboattention.errors import UnsupportedError
-from turboattention.evaluation.texts import load_text
 from turboattention.integrations.models import LoadedModel
 from turboattention.integrations.transformers import TurboCache, model_shape
 from turboattention.policy import Policy
@@ -23,7 +22,7 @@ from turboattention.policy import Policy
 class Session:
     """One calibration; `state` decides what is left to do.
 
-    The target is no part of the run's name: sensitivities and measured policies serve every target.
+    Results are named by everything that decides them, so that other targets and settings use what fits them.
     """
 
     def __init__(
@@ -47,9 +46,7 @@ class Session:
             loaded.tokenizer, texts, held_out, settings.tokens, settings.window, settings.held_out_tokens,
             loaded.context_length,
         )  # fmt: skip
-        read = [fingerprint(load_text(x)) for x in (*texts, *held_out)]
-        run = fingerprint([loaded.name, asdict(self.shape), str(self.model.dtype), read, len(texts), asdict(settings)])
-        self.state = State(state, run)
+        self.state = State(state, fingerprint([loaded.name, asdict(self.shape), str(self.model.dtype)]))
         self.seconds: dict[str, float] = self.state.get("seconds") or {}
 
     @contextmanager
@@ -73,13 +70,14 @@ class Session:
         self, label: str, rows: Tensor, names: Sequence[str], policies: Sequence[tuple[Kind, Policy]]
     ) -> list[Point]:
         """`measure`, but for what the state already has."""
-        keys = [f"{label} {kind} {policy.name} {fingerprint(asdict(policy))}" for kind, policy in policies]
+        seed = self.settings.seed
+        read = fingerprint([rows.tolist(), list(names), seed])
+        keys = [f"{label} {read} {kind} {policy.name} {fingerprint(asdict(policy))}" for kind, policy in policies]
         missing = [number for number, key in enumerate(keys) if self.state.get(key) is None]
         if missing:
             with self.timed(label):
-                fresh = measure(
-                    self.model, rows, names, [policies[i] for i in missing], self.settings.seed, self.labelled(label)
-                )
+                chosen = [policies[i] for i in missing]
+                fresh = measure(self.model, rows, names, chosen, seed, self.labelled(label))
             for number, point in zip(missing, fresh, strict=True):
                 self.state.put(keys[number], asdict(point))
         return [point_from_dict(self.state.get(key)) for key in keys]

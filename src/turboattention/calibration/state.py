@@ -56,6 +56,6 @@ class State:
         if not isinstance(data, dict) or data.get("turboattention_calibration") != SCHEMA:
             raise invalid("state file", "what a calibration wrote", path, _ANEW)
         if data.get("run") != self.run:
-            raise invalid("state file", "one of a run with the same model, texts and options", path, _ANEW)
+            raise invalid("state file", "one of the same model and dtype", path, _ANEW)
         results: dict[str, Any] = data["results"]
         return results

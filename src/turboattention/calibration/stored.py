@@ -1,13 +1,16 @@
 """K and V as the cache would give them back: quantised by pages, from the same queries, with the sinks exact."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from turboattention.calibration.capture import Captured
-from turboattention.calibration.levels import BASE, LEVELS
+from turboattention.calibration.levels import BASE, Tensor2, levels
 from turboattention.ops.append import compress_pages, real_tokens
-from turboattention.quant.codec import expand_pages
+from turboattention.quant.codec import decode_pages
 from turboattention.quant.layout import PageLayout
+from turboattention.quant.rotation import rotate
 
 PAGE = BASE.page_size
 
@@ -43,16 +46,22 @@ def stored_pages(layout: PageLayout, key: Tensor, value: Tensor, power: Tensor) 
     return pages[:, :, 0]
 
 
-def rounding_errors(captured: Captured, tensor: str) -> dict[str, Tensor]:
-    """For each level what the codes change of K or V: float32 ``[kv_heads, tokens, head_dim]``, zero at the sinks."""
+def rounding_errors(captured: Captured) -> Iterator[tuple[Tensor2, str, Tensor]]:
+    """For each tensor and level what the codes change: float32 ``[kv_heads, tokens, head_dim]``, zero at the sinks."""
     key, value, power = page_rows(captured)
-    exact = key if tensor == "key" else value
-    found = {}
-    for level, fmt in LEVELS[tensor].items():  # type: ignore[index]  # a Literal
-        pair = (fmt, LEVELS["value"]["2"]) if tensor == "key" else (LEVELS["key"]["2"], fmt)
-        layout = PageLayout(PAGE, key.shape[-1], *pair)
-        expanded = expand_pages(layout, stored_pages(layout, key, value, power))[0 if tensor == "key" else 1]
-        error = (expanded - exact.float()).transpose(0, 1).flatten(1, 2)
-        error[:, : BASE.sink_tokens] = 0.0
-        found[level] = error
-    return found
+    dim = key.shape[-1]
+    # A page holds both: levels of K and of V in pairs, the last of V again beside what is left of K.
+    values = list(levels("value", dim).items())
+    for number, (level, fmt) in enumerate(levels("key", dim).items()):
+        value_level, value_format = values[min(number, len(values) - 1)]
+        layout = PageLayout(PAGE, dim, fmt, value_format)
+        decoded = decode_pages(layout, stored_pages(layout, key, value, power))
+        yield "key", level, _difference(decoded.key.expand(), key)
+        if number < len(values):
+            yield "value", value_level, _difference(rotate(decoded.value.expand()), value)
+
+
+def _difference(stored: Tensor, exact: Tensor) -> Tensor:
+    error = (stored - exact.float()).transpose(0, 1).flatten(1, 2)
+    error[:, : BASE.sink_tokens] = 0.0
+    return error
