@@ -12,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,13 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"
 EXACT = ["-ffp-contract=off"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+AMX = [*AVX512, "-mamx-tile", "-mamx-int8"]
+Sets = Mapping[str, tuple[str, list[str]]]
 # Of each instruction set: the macro that says it is there, and its flags. Plain C++ is always there.
-SETS = {"avx2": ("TA_HAS_AVX2", AVX2), "avx512": ("TA_HAS_AVX512", AVX512)}
+SETS: Sets = {"avx2": ("TA_HAS_AVX2", AVX2), "avx512": ("TA_HAS_AVX512", AVX512), "amx": ("TA_HAS_AMX", AMX)}
+# For tests where there is no AMX: tiles in plain C++ (kernels/tiles.hpp), the rest of those files for AVX2.
+EMULATED = "-DTA_TILES_EMULATED"
+EMULATED_SETS: Sets = {"avx2": SETS["avx2"], "amx": ("TA_HAS_AMX", AVX2)}
 SECONDS = 600
 
 
@@ -50,11 +55,13 @@ class CpuKernels(BuildHookInterface):  # type: ignore[misc] # hatchling has no t
         build_data["tag"] = f"py3-none-{tag}"
 
 
-def build(sources: Path, target: Path, extra: Sequence[str] = (), program: Path | None = None) -> str | None:
+def build(
+    sources: Path, target: Path, extra: Sequence[str] = (), program: Path | None = None, sets: Sets = SETS
+) -> str | None:
     """Compile ``sources`` into the shared library ``target``; None, or why that was not possible.
 
     extra: flags for every file and for the linker, for example those of a sanitizer. program: a source with ``main``;
-    then ``target`` is a program.
+    then ``target`` is a program. sets: the instruction sets besides plain C++, as `SETS`.
     """
     if sys.platform != "linux":
         return f"made for Linux, this is {sys.platform}"
@@ -62,7 +69,7 @@ def build(sources: Path, target: Path, extra: Sequence[str] = (), program: Path 
     if compiler is None:
         return "no C++ compiler found (CXX, c++, g++ or clang++)"
     with tempfile.TemporaryDirectory() as folder:
-        commands = _commands([*compiler, *COMMON, *extra], sources, program, Path(folder))
+        commands = _commands([*compiler, *COMMON, *extra], sources, program, sets, Path(folder))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             failures = [text for text in pool.map(_run, commands) if text]
         if failures:
@@ -80,10 +87,10 @@ def build(sources: Path, target: Path, extra: Sequence[str] = (), program: Path 
     return None
 
 
-def _commands(compiler: list[str], sources: Path, program: Path | None, folder: Path) -> list[list[str]]:
+def _commands(compiler: list[str], sources: Path, program: Path | None, sets: Sets, folder: Path) -> list[list[str]]:
     """One command for each file; those of an instruction set that the compiler does not know are left out."""
     x86 = platform.machine() in ("x86_64", "AMD64")
-    there = {name: chosen for name, chosen in SETS.items() if x86 and _compiles(compiler, chosen[1], folder)}
+    there = {name: chosen for name, chosen in sets.items() if x86 and _compiles(compiler, chosen[1], folder)}
     macros = [f"-D{macro}=1" for macro, _ in there.values()]
     commands = []
     for source in [*sorted(sources.glob("*.cpp")), *([program] if program else [])]:

@@ -9,7 +9,7 @@ from turboattention.cpu.structs import ABI_VERSION
 from turboattention.errors import InvalidInputError, UnsupportedError
 
 PATH = Path(__file__).with_name("_kernels.so")
-INSTRUCTION_SETS = ("plain C++", "AVX2", "AVX-512 VNNI")
+INSTRUCTION_SETS = ("plain C++", "AVX2", "AVX-512 VNNI", "AMX-INT8 and AVX-512 VNNI")
 NO_MEMORY, BAD_TABLE, BEYOND_FLOAT16, BAD_LENGTHS = 1, 2, 3, 4
 
 

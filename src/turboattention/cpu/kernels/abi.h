@@ -8,7 +8,7 @@
 #define TA_ABI_VERSION 2
 
 enum TaDtype { TA_FLOAT32 = 0, TA_FLOAT16 = 1, TA_BFLOAT16 = 2 };
-enum TaIsa { TA_PLAIN = 0, TA_AVX2 = 1, TA_AVX512 = 2 };
+enum TaIsa { TA_PLAIN = 0, TA_AVX2 = 1, TA_AVX512 = 2, TA_AMX = 3 };
 enum TaStatus { TA_OK = 0, TA_NO_MEMORY = 1, TA_BAD_TABLE = 2, TA_BEYOND_FLOAT16 = 3, TA_BAD_LENGTHS = 4 };
 
 /* Sizes and byte offsets of a page: numbers of `quant.layout.PageLayout`. */

@@ -11,12 +11,16 @@
 #if !defined(TA_HAS_AVX512)
 #define TA_HAS_AVX512 0
 #endif
+#if !defined(TA_HAS_AMX)
+#define TA_HAS_AMX 0
+#endif
 
 #define TA_EXPORT __attribute__((visibility("default")))
 
 int ta_attend_plain(const TaAttention *call);
 int ta_attend_avx2(const TaAttention *call);
 int ta_attend_avx512(const TaAttention *call);
+int ta_attend_amx(const TaAttention *call);
 int ta_compress_plain(const TaCompress *call);
 int ta_compress_avx2(const TaCompress *call);
 int ta_compress_avx512(const TaCompress *call);
@@ -26,3 +30,4 @@ int ta_append_avx512(const TaAppend *call);
 int ta_prefill_plain(const TaPrefill *call);
 int ta_prefill_avx2(const TaPrefill *call);
 int ta_prefill_avx512(const TaPrefill *call);
+int ta_prefill_amx(const TaPrefill *call);

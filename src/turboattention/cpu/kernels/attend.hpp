@@ -3,125 +3,71 @@
 // Both products over pages multiply integers: codes as they are and, for K, q times the scales of the channels, for V,
 // weights times the scales of the tokens, rounded to 16 bits with one step for each row and page (K) or block (V).
 #pragma once
-#include "dot.hpp"
-#include "item.hpp"
-#include "softmax.hpp"
-#include "unpack.hpp"
+#include "scores.hpp"
 
 namespace TA_ISA {
 
-// Buffers of one thread, cut from one allocation; sizes in `item.hpp`.
-struct Buffers {
-    uint8_t *key_codes, *value_codes;
-    int16_t *folded, *weights;
-    float *q, *scores, *acc, *scale, *zero, *plane, *refined_q, *top, *sum, *value_scale, *value_zero, *keep;
-    int32_t *dots, *low, *high;
-
-    explicit Buffers(uint8_t *memory, const TaAttention &a, int refined) {
-        uint8_t *next = memory;
-        auto take = [&](int64_t bytes) {
-            uint8_t *p = next;
-            next += (bytes + 63) & ~(int64_t)63;
-            return p;
-        };
-        const int64_t dim = a.head_dim, widest = max2((int)dim, BLOCK_TOKENS);
-        key_codes = take(LARGEST_PAGE * dim);
-        value_codes = take(BLOCK_TOKENS * dim);
-        folded = (int16_t *)take(2 * ROW_BLOCK * dim);
-        weights = (int16_t *)take(2 * ROW_BLOCK * BLOCK_TOKENS);
-        q = (float *)take(4 * ROW_BLOCK * dim);
-        acc = (float *)take(4 * ROW_BLOCK * dim);
-        scores = (float *)take(4 * ROW_BLOCK * BLOCK_TOKENS);
-        dots = (int32_t *)take(4 * ROW_BLOCK * widest);
-        // Exact tokens reuse what holds the planes of pages.
-        plane = (float *)take(4 * max2((int64_t)refined * LARGEST_PAGE, 2 * EXACT_TOKENS * dim));
-        refined_q = (float *)take(4 * ((int64_t)refined + 1));
-        scale = (float *)take(4 * dim);
-        zero = (float *)take(4 * dim);
-        value_scale = (float *)take(4 * BLOCK_TOKENS);
-        value_zero = (float *)take(4 * BLOCK_TOKENS);
-        top = (float *)take(4 * ROW_BLOCK);
-        sum = (float *)take(4 * ROW_BLOCK);
-        keep = (float *)take(4 * ROW_BLOCK);
-        low = (int32_t *)take(4 * ROW_BLOCK);
-        high = (int32_t *)take(4 * ROW_BLOCK);
-        used = next - memory;
-    }
-    int64_t used;
-};
-
-// Scores of one page into columns `column ..` of every row's scores.
-static inline void page_scores(const TaPageFormat &f, const uint8_t *page, const Rows &rows, const Buffers &b, int column,
-                               Ahead ahead) {
+// Scores of pages first .. last - 1, and the numbers of V. Meanwhile (pages of a pool are in any order) K and the numbers
+// of the next page are fetched; without tiles all of it, because products then take long enough.
+static inline void score_block(const TaPageFormat &f, const Item &item, const Rows &rows, const Buffers &b, int first,
+                               int last) {
     const int dim = f.head_dim, size = f.page_size;
-    const uint8_t *codes = page + f.key_codes;
-    if (f.key_bits != 8) {
-        unpack_rows(f.key_bits, codes, size, dim, b.key_codes, dim);
-        codes = b.key_codes;
+    float steps[2][ROW_BLOCK], bases[2][ROW_BLOCK];
+    for (int p = first; p < last; p++) {
+        const uint8_t *page = item.page(p), *next = p + 1 < item.last_page ? item.page(p + 1) : nullptr;
+        const int column = (p - first) * size;
+        float *step = steps[p % 2], *base = bases[p % 2];
+        fold_page(f, page, rows, b, column, step, base);
+#if TA_TILES
+        const uint8_t *codes = key_bytes(f, page, b, Ahead{next, next ? f.value_codes : 0});
+        const int64_t numbers = f.value_codes + (int64_t)dim * size * f.value_bits / 8;
+        if (next) Ahead{next + numbers, max2(f.value_scale, f.value_zero) + size - numbers}.fetch(f.nbytes);
+        // Products of tiles take long to come back from memory: those of the page before are read now.
+        int32_t *sums = b.sums + p % 2 * LARGEST_PAGE * TILE_ROWS, *before = b.sums + (p + 1) % 2 * LARGEST_PAGE * TILE_ROWS;
+        if (p > first) finish_page(f, rows, b, column - size, before, steps[(p + 1) % 2], bases[(p + 1) % 2]);
+        multiply_operands(codes, dim, size, b.operands, rows.count, dim, sums);
+        value_numbers(f, page, b, column);
+        if (p + 1 == last) finish_page(f, rows, b, column, sums, step, base);
+#else
+        const uint8_t *codes = key_bytes(f, page, b, Ahead{nullptr, 0});
+        dot_rows(codes, dim, size, b.folded, dim, rows.count, dim, b.dots, size, Ahead{next, next ? f.nbytes : 0});
+        finish_page(f, rows, b, column, b.dots, step, base);
+        value_numbers(f, page, b, column);
+#endif
     }
-    key_metadata(f, page, b.scale, b.zero);
-    if (f.refined) refined_plane(f, page, b.plane);
-    const float unit = 1.0f / (float)(1 << f.refined_bits);
-    float step[ROW_BLOCK], base[ROW_BLOCK];
-    for (int r = 0; r < rows.count; r++) {
-        const float *q = rows.q + r * dim;
-        float product[MAX_HEAD_DIM];
-        vf shift = vf{}, largest = vf{};
-        for (int i = 0; i < dim; i += W) {
-            vf x = load(q + i), y = x * load(b.scale + i);
-            store(product + i, y);
-            largest = vmax(largest, vabs(y));
-            shift += x * load(b.zero + i);
+}
+
+// b.dots[r][channel] = weights of pages first .. last - 1 times codes of V. With tiles 64 channels at a time, which stay in
+// the first cache, and V of the next block is fetched.
+static inline void weigh_values(const TaPageFormat &f, const Item &item, const Rows &rows, const Buffers &b, int first,
+                                int last) {
+    const int dim = f.head_dim, size = f.page_size, count = (last - first) * size;
+#if TA_TILES
+    const int64_t row = (int64_t)size * f.value_bits / 8;
+    pack_operands(b.weights, BLOCK_TOKENS, rows.count, count, b.operands);
+    for (int d = 0; d < dim; d += TILE_BYTES) {
+        const int here = min2(TILE_BYTES, dim - d);
+        for (int p = first; p < last; p++) {
+            const int later = p + BLOCK_TOKENS / size;
+            const bool more = later < item.last_page;
+            const Ahead ahead{more ? item.page(later) + f.value_codes + d * row : nullptr, more ? here * row : 0};
+            value_bytes(f, item.page(p), b, (p - first) * size, d, here, ahead);
         }
-        int32_t unused;
-        base[r] = sum_of(shift);
-        step[r] = to_int16<false>(product, dim, max2(max_of(largest), 1e-30f), b.folded + r * dim, &unused);
-        if (f.refined) {
-            float *s = b.scores + (int64_t)r * BLOCK_TOKENS + column;
-            const uint8_t *index = page + f.key_refined_index;
-            for (int j = 0; j < f.refined; j++) b.refined_q[j] = product[index[j]] * unit;
-            for (int t = 0; t < size; t += 4 * W) { // pages hold 64 or 128 tokens
-                vf s0 = vf{}, s1 = vf{}, s2 = vf{}, s3 = vf{};
-                for (int j = 0; j < f.refined; j++) {
-                    const float *p = b.plane + j * size + t;
-                    vf x = splat(b.refined_q[j]);
-                    s0 += x * load(p), s1 += x * load(p + W), s2 += x * load(p + 2 * W), s3 += x * load(p + 3 * W);
-                }
-                store(s + t, s0), store(s + t + W, s1), store(s + t + 2 * W, s2), store(s + t + 3 * W, s3);
-            }
-        }
+        multiply_operands(b.value_codes, BLOCK_TOKENS, here, b.operands, rows.count, count, b.sums + d * TILE_ROWS);
     }
-    dot_rows(codes, dim, size, b.folded, dim, rows.count, dim, b.dots, size, ahead);
-    for (int r = 0; r < rows.count; r++) {
-        float *s = b.scores + (int64_t)r * BLOCK_TOKENS + column;
-        const int32_t *dots = b.dots + r * size;
-        for (int t = 0; t < size; t += W) {
-            vf x = vi_to_vf(load_as<vi>(dots + t)) * step[r] + base[r];
-            if (f.refined) x += load(s + t);
-            store(s + t, x);
-        }
-    }
+    join_sums(b.sums, dim, rows.count, [&](int r, int d, vi x) { memcpy(b.dots + r * dim + d, &x, sizeof x); });
+#else
+    for (int p = first; p < last; p++)
+        value_bytes(f, item.page(p), b, (p - first) * size, 0, dim, Ahead{nullptr, 0});
+    dot_rows(b.value_codes, BLOCK_TOKENS, dim, b.weights, BLOCK_TOKENS, rows.count, count, b.dots, dim);
+#endif
 }
 
 // Pages first .. last - 1 (at most BLOCK_TOKENS tokens) into the running softmax of all rows.
 static inline void attend_block(const TaPageFormat &f, const Item &item, const Rows &rows, const Buffers &b, int first,
                                 int last) {
     const int dim = f.head_dim, size = f.page_size, count = (last - first) * size;
-    for (int p = first; p < last; p++) {
-        const uint8_t *page = item.page(p);
-        // The next page while this one is computed with; pages of a pool are in any order.
-        const Ahead ahead = p + 1 < item.last_page ? Ahead{item.page(p + 1), f.nbytes} : Ahead{nullptr, 0};
-        page_scores(f, page, rows, b, (p - first) * size, ahead);
-    }
-    for (int p = first; p < last; p++) {
-        const uint8_t *page = item.page(p);
-        const int column = (p - first) * size;
-        unpack_rows(f.value_bits, page + f.value_codes, dim, size, b.value_codes + column, BLOCK_TOKENS);
-        scaled_bytes(page + f.value_scale, size, float16_at(page, f.value_page_scale) / 255.0f, b.value_scale + column);
-        if (f.value_zero >= 0)
-            scaled_bytes((const int8_t *)(page + f.value_zero), size, float16_at(page, f.value_page_zero) / 127.0f,
-                         b.value_zero + column);
-    }
+    score_block(f, item, rows, b, first, last);
     float step[ROW_BLOCK], shift[ROW_BLOCK];
     const float middle = -0.5f * (float)((1 << f.value_bits) - 1);
     for (int r = 0; r < rows.count; r++) {
@@ -133,18 +79,19 @@ static inline void attend_block(const TaPageFormat &f, const Item &item, const R
         vf zeros = vf{};
         if (f.value_zero >= 0)
             for (int t = 0; t < count; t += W) zeros += load(s + t) * load(b.value_zero + t);
-        vf largest = vf{}; // weights are not negative
-        for (int t = 0; t < count; t += W) {
-            vf x = load(s + t) * load(b.value_scale + t);
-            store(s + t, x);
-            largest = vmax(largest, x);
+        vf largest = vf{}, other = vf{}; // weights are not negative
+        for (int t = 0; t < count; t += 2 * W) {
+            const vf x = load(s + t) * load(b.value_scale + t), y = load(s + t + W) * load(b.value_scale + t + W);
+            store(s + t, x), store(s + t + W, y);
+            largest = vmax(largest, x), other = vmax(other, y);
         }
+        largest = vmax(largest, other);
         int32_t total;
-        step[r] = to_int16<true>(s, count, max2(max_of(largest), 1e-30f), b.weights + r * BLOCK_TOKENS, &total);
+        step[r] = to_int16<true>(s, count, max2(max_of(largest), LEAST_TOP), b.weights + r * BLOCK_TOKENS, &total);
         // Zeros belong to the rounded weights; float zeros are small beside the codes.
         shift[r] = f.value_zero >= 0 ? sum_of(zeros) : middle * (float)total * step[r];
     }
-    dot_rows(b.value_codes, BLOCK_TOKENS, dim, b.weights, BLOCK_TOKENS, rows.count, count, b.dots, dim);
+    weigh_values(f, item, rows, b, first, last);
     for (int r = 0; r < rows.count; r++) {
         if (b.keep[r] < 0.0f) continue;
         float *acc = rows.acc + r * dim;
@@ -181,6 +128,9 @@ static int64_t buffer_bytes(const TaAttention &a, int refined) { return Buffers(
 static void attend_item(const TaAttention &a, const Item &item, uint8_t *memory, int refined, float *part) {
     const Buffers b(memory, a, refined);
     const int dim = a.head_dim;
+#if TA_TILES
+    const TileScope tiles(dim);
+#endif
     Rows rows{item.rows, b.low, b.high, b.q, b.acc, b.top, b.sum, a.softcap};
     // Without a soft cap scores are in log2 units from the start.
     const float factor = a.softcap > 0.0f ? a.scale : a.scale * LOG2E;

@@ -52,22 +52,51 @@ static inline vi weights_of(const int32_t *scores, int32_t largest, float c) {
     p = p * f + 6.9326099e-1f;
     p = p * f + 9.9992807e-1f;
     const vf power = (vf)(bits_of(p) + (bits_of(shifted) << 23));
+#if TA_WIDE
+    return (vi)_mm512_cvtps_epi32((__m512)power);
+#else
     return bits_of(power + MAGIC) - 0x4b400000;
+#endif
 }
 
-static inline void store_weights(const int32_t *scores, int32_t largest, float c, uint8_t *out) {
-#if defined(__AVX512F__)
-    _mm_storeu_si128((__m128i *)out, _mm512_cvtepi32_epi8((__m512i)weights_of(scores, largest, c)));
+// Weights of `columns` tokens (a multiple of 16); returns their sum.
+static inline int32_t store_weights(const int32_t *scores, int columns, int32_t largest, float c, uint8_t *out) {
+    int i = 0;
+#if TA_WIDE
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i sums = _mm512_setzero_si512();
+    for (; i + 64 <= columns; i += 64) {
+        __m512i w[4];
+        for (int k = 0; k < 4; k++) w[k] = (__m512i)weights_of(scores + i + 16 * k, largest, c);
+        const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(w[0], w[1]), _mm512_packs_epi32(w[2], w[3]));
+        const __m512i bytes = _mm512_permutexvar_epi32(order, packed);
+        sums = _mm512_dpbusd_epi32(sums, bytes, _mm512_set1_epi8(1));
+        _mm512_storeu_si512(out + i, bytes);
+    }
+    vi total = (vi)sums;
+    for (; i < columns; i += 16) {
+        const vi w = weights_of(scores + i, largest, c);
+        store_bytes(out + i, w);
+        total += w;
+    }
 #elif defined(__AVX2__)
-    const __m256i low = (__m256i)weights_of(scores, largest, c), high = (__m256i)weights_of(scores + 8, largest, c);
-    const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-    _mm_storeu_si128((__m128i *)out, _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+    vi total = vi{};
+    for (; i < columns; i += 16) {
+        const vi low = weights_of(scores + i, largest, c), high = weights_of(scores + i + 8, largest, c);
+        total += low + high;
+        const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)low, (__m256i)high), 0xd8);
+        _mm_storeu_si128((__m128i *)(out + i),
+                         _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+    }
 #else
-    for (int i = 0; i < 16; i += W) {
-        const vb narrow = __builtin_convertvector(weights_of(scores + i, largest, c), vb);
-        memcpy(out + i, &narrow, sizeof narrow);
+    vi total = vi{};
+    for (; i < columns; i += W) {
+        const vi w = weights_of(scores + i, largest, c);
+        store_bytes(out + i, w);
+        total += w;
     }
 #endif
+    return sum_of(total);
 }
 
 static inline int32_t sum_of_bytes(const uint8_t *x, int count) {
@@ -89,16 +118,14 @@ static inline bool weigh_row(int32_t *scores, int columns, int low, int high, fl
     for (int i = 0; i < low; i++) scores[i] = HIDDEN;
     for (int i = high; i < columns; i++) scores[i] = HIDDEN;
     vi top = load_as<vi>(scores);
-    for (int i = W; i < columns; i += W) {
-        const vi x = load_as<vi>(scores + i);
-        top = x > top ? x : top;
-    }
-    int32_t most = top[0];
-    for (int i = 1; i < W; i++) most = max2(most, top[i]);
-    for (int i = 0; i < columns; i += 16) store_weights(scores + i, most, c, weights + i);
-    if (low > 0) memset(weights, 0, (size_t)low); // c may be so small that a hidden score has a weight
-    if (high < columns) memset(weights + high, 0, (size_t)(columns - high));
-    *largest = most, *sum = sum_of_bytes(weights, columns);
+    for (int i = W; i < columns; i += W) top = imax(top, load_as<vi>(scores + i));
+    *largest = max_of(top);
+    *sum = store_weights(scores, columns, *largest, c, weights);
+    if (low == 0 && high == columns) return true;
+    // c may be so small that a hidden score has a weight.
+    memset(weights, 0, (size_t)low);
+    memset(weights + high, 0, (size_t)(columns - high));
+    *sum = sum_of_bytes(weights, columns);
     return true;
 }
 
@@ -145,6 +172,9 @@ static inline float read_queries(const TaPrefill &a, const TaTensor &q, int64_t 
 
 static void attend_chunk(const TaPrefill &a, const Sequence &s, int number, int h, int block, const uint8_t *tiles,
                          const float *mean, uint8_t *memory) {
+#if TA_TILES
+    const TileScope tiles_of(a.head_dim);
+#endif
     const ChunkRows b(memory, a.head_dim);
     const int dim = a.head_dim, first_row = block * CHUNK_ROWS, rows = min2(CHUNK_ROWS, s.queries - first_row);
     const int padded = (rows + 3) / 4 * 4;
@@ -161,10 +191,9 @@ static void attend_chunk(const TaPrefill &a, const Sequence &s, int number, int 
     const int end = min2(s.tokens, high[rows - 1]);
     for (int t = max2(0, low[0]) / TILE; t * TILE < end; t++) {
         const Tile tile((uint8_t *)tiles + t * Tile::bytes(dim), dim);
-        const int columns = (min2(TILE, end - t * TILE) + PANEL - 1) / PANEL * PANEL;
-        panel_products<true>(b.q, dim * SIGNED_BYTES, padded, tile.keys, Tile::key_panel(dim), columns / PANEL,
-                             dim * SIGNED_BYTES / 4, tile.base,
-                             [&](int r, int c, Lanes x) { put_lanes(b.scores + r * TILE + c, x); });
+        const int columns = (min2(TILE, end - t * TILE) + COLUMN_STEP - 1) / COLUMN_STEP * COLUMN_STEP;
+        panel_sums<true>(b.q, dim * SIGNED_BYTES, padded, tile.keys, Tile::key_panel(dim), columns / PANEL,
+                         dim * SIGNED_BYTES / 4, tile.base, b.scores, TILE);
         weigh_tile(b, rows, columns, low, high, t * TILE, q_scale * *tile.key_scale, *tile.value_scale);
         panel_products<false>(b.weights, TILE, padded, tile.values, Tile::VALUE_PANEL, dim / PANEL, columns / 4, nullptr,
                               [&](int r, int c, Lanes x) {

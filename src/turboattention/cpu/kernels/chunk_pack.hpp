@@ -38,6 +38,15 @@ static inline vi codes_of(const float *x, float inverse) {
     return bits_of(load(x) * inverse + MAGIC) - 0x4b400000; // MAGIC's own bits
 }
 
+static inline void store_bytes(uint8_t *p, vi x) {
+#if TA_WIDE
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+    const vb narrow = __builtin_convertvector(x, vb);
+    memcpy(p, &narrow, sizeof narrow);
+#endif
+}
+
 // `dim` codes of one row of a signed operand: for pairs int16, else bytes, moved by `offset`.
 static inline int32_t code_row(const float *x, int dim, float inverse, int offset, uint8_t *out) {
     vi sums = vi{};
@@ -48,13 +57,10 @@ static inline int32_t code_row(const float *x, int dim, float inverse, int offse
             const vs narrow = __builtin_convertvector(codes, vs);
             memcpy(out + 2 * i, &narrow, sizeof narrow);
         } else {
-            const vb narrow = __builtin_convertvector(codes + offset, vb);
-            memcpy(out + i, &narrow, sizeof narrow);
+            store_bytes(out + i, codes + offset);
         }
     }
-    int32_t sum = 0;
-    for (int i = 0; i < W; i++) sum += sums[i];
-    return sum;
+    return sum_of(sums);
 }
 
 // float32 x [TILE][dim], zeros behind the tokens; K without its mean.

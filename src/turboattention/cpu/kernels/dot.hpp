@@ -1,83 +1,112 @@
 // Products of rows with rows: out[r][n] = x[r] . codes[n], both along memory.
 #pragma once
 #include "vec.hpp"
+#if TA_TILES
+#include "dot_tiles.hpp"
+#endif
 
 namespace TA_ISA {
 
-#if defined(__AVX512VNNI__)
-typedef __m512i Sum;
-static inline Sum sum_zero() { return _mm512_setzero_si512(); }
-static inline __m256i narrow(Sum a) {
-    return _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+// Memory that is wanted next: it is fetched while this one is computed with, some lines at a time.
+struct Ahead {
+    const uint8_t *next;
+    int64_t bytes;
+
+    void fetch(int64_t share) {
+        for (int64_t i = 0; i < share && i < bytes; i += 64) __builtin_prefetch(next + i);
+        next += share, bytes -= share;
+    }
+};
+
+#if !TA_TILES
+#if TA_WIDE
+constexpr int CODE_ROWS = 4;
+
+// R rows of x (1 to 4) with CODE_ROWS rows of codes.
+template <int R>
+static inline void dot_tile(const uint8_t *codes, int64_t stride, const int16_t *x, int64_t x_stride, int len,
+                            int32_t *out, int64_t out_stride) {
+    __m512i sum[R][4];
+    for (int r = 0; r < R; r++)
+        for (int k = 0; k < 4; k++) sum[r][k] = _mm512_setzero_si512();
+    auto add = [&](const __m512i *u, int r, __m512i y) {
+        for (int k = 0; k < 4; k++) sum[r][k] = _mm512_dpwssd_epi32(sum[r][k], u[k], y);
+    };
+    int i = 0;
+    __m512i u[4];
+    for (; i + 32 <= len; i += 32) {
+        for (int k = 0; k < 4; k++)
+            u[k] = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(codes + k * stride + i)));
+        for (int r = 0; r < R; r++) add(u, r, _mm512_loadu_si512(x + r * x_stride + i));
+    }
+    if (i < len) { // 16 more: head_dim 80
+        for (int k = 0; k < 4; k++) {
+            const __m128i few = _mm_loadu_si128((const __m128i *)(codes + k * stride + i));
+            u[k] = _mm512_castsi256_si512(_mm256_cvtepu8_epi16(few));
+        }
+        for (int r = 0; r < R; r++) add(u, r, _mm512_maskz_loadu_epi16(0xffff, x + r * x_stride + i));
+    }
+    // Transpositions with sums: first the four rows of codes side by side in each lane, then the lanes of four rows of x.
+    __m512i v[4];
+    for (int r = 0; r < R; r++) {
+        auto pairs = [](__m512i a, __m512i b) {
+            return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        };
+        const __m512i a = pairs(sum[r][0], sum[r][1]), b = pairs(sum[r][2], sum[r][3]);
+        v[r] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    }
+    for (int r = R; r < 4; r++) v[r] = v[0];
+    const __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(v[0], v[1], 0x44), _mm512_shuffle_i32x4(v[0], v[1], 0xee));
+    const __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(v[2], v[3], 0x44), _mm512_shuffle_i32x4(v[2], v[3], 0xee));
+    const __m512i all = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm_storeu_si128((__m128i *)out, _mm512_castsi512_si128(all));
+    if (R > 1) _mm_storeu_si128((__m128i *)(out + out_stride), _mm512_extracti32x4_epi32(all, 1));
+    if (R > 2) _mm_storeu_si128((__m128i *)(out + 2 * out_stride), _mm512_extracti32x4_epi32(all, 2));
+    if (R > 3) _mm_storeu_si128((__m128i *)(out + 3 * out_stride), _mm512_extracti32x4_epi32(all, 3));
 }
 #elif defined(__AVX2__)
-typedef __m256i Sum;
-static inline Sum sum_zero() { return _mm256_setzero_si256(); }
-static inline __m256i narrow(Sum a) { return a; }
-#endif
+constexpr int CODE_ROWS = 2;
 
-#if defined(__AVX2__)
 // Half of a transposition with sums: 32-bit lanes of a and b in turn, or (wide) 64-bit lanes.
 static inline __m256i pair_sums(__m256i a, __m256i b, bool wide = false) {
     return wide ? _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))
                 : _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
 }
 
-// R rows of x (1 to 4) with two rows of codes.
 template <int R>
-static inline void dot_tile(const uint8_t *c0, const uint8_t *c1, const int16_t *x, int64_t x_stride, int len,
+static inline void dot_tile(const uint8_t *codes, int64_t stride, const int16_t *x, int64_t x_stride, int len,
                             int32_t *out, int64_t out_stride) {
-    Sum a[R], b[R];
-    for (int r = 0; r < R; r++) a[r] = b[r] = sum_zero();
-    int i = 0;
-#if defined(__AVX512VNNI__)
-    for (; i + 32 <= len; i += 32) {
-        const __m512i u = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(c0 + i)));
-        const __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(c1 + i)));
-        for (int r = 0; r < R; r++) {
-            const __m512i y = _mm512_loadu_si512(x + r * x_stride + i);
-            a[r] = _mm512_dpwssd_epi32(a[r], u, y);
-            b[r] = _mm512_dpwssd_epi32(b[r], v, y);
-        }
-    }
-    if (i < len) { // 16 more: head_dim 80
-        const __m512i u = _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i))));
-        const __m512i v = _mm512_castsi256_si512(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i))));
-        for (int r = 0; r < R; r++) {
-            const __m512i y = _mm512_maskz_loadu_epi16(0xffff, x + r * x_stride + i);
-            a[r] = _mm512_dpwssd_epi32(a[r], u, y);
-            b[r] = _mm512_dpwssd_epi32(b[r], v, y);
-        }
-    }
-#else
-    for (; i < len; i += 16) {
-        const __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c0 + i)));
-        const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(c1 + i)));
+    __m256i a[R], b[R];
+    for (int r = 0; r < R; r++) a[r] = b[r] = _mm256_setzero_si256();
+    for (int i = 0; i < len; i += 16) {
+        const __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + i)));
+        const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + stride + i)));
         for (int r = 0; r < R; r++) {
             const __m256i y = _mm256_loadu_si256((const __m256i *)(x + r * x_stride + i));
             a[r] = _mm256_add_epi32(_mm256_madd_epi16(u, y), a[r]);
             b[r] = _mm256_add_epi32(_mm256_madd_epi16(v, y), b[r]);
         }
     }
-#endif
     for (int r = 0; r < R; r += 2) { // two rows of x share the additions at the end
         const int next = r + 1 < R ? r + 1 : r;
-        const __m256i h = pair_sums(pair_sums(narrow(a[r]), narrow(b[r])), pair_sums(narrow(a[next]), narrow(b[next])), true);
+        const __m256i h = pair_sums(pair_sums(a[r], b[r]), pair_sums(a[next], b[next]), true);
         const __m128i s = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
         _mm_storel_epi64((__m128i *)(out + r * out_stride), s);
         if (next > r) _mm_storel_epi64((__m128i *)(out + next * out_stride), _mm_unpackhi_epi64(s, s));
     }
 }
 #else
+constexpr int CODE_ROWS = 2;
+
 template <int R>
-static inline void dot_tile(const uint8_t *c0, const uint8_t *c1, const int16_t *x, int64_t x_stride, int len,
+static inline void dot_tile(const uint8_t *codes, int64_t stride, const int16_t *x, int64_t x_stride, int len,
                             int32_t *out, int64_t out_stride) {
     for (int r = 0; r < R; r++) {
         int32_t a = 0, b = 0;
         const int16_t *y = x + r * x_stride;
         for (int i = 0; i < len; i++) {
-            a += c0[i] * y[i];
-            b += c1[i] * y[i];
+            a += codes[i] * y[i];
+            b += codes[stride + i] * y[i];
         }
         out[r * out_stride] = a;
         out[r * out_stride + 1] = b;
@@ -85,25 +114,18 @@ static inline void dot_tile(const uint8_t *c0, const uint8_t *c1, const int16_t 
 }
 #endif
 
-// Memory that is wanted next: it is fetched while products are computed, some lines with each pair of rows.
-struct Ahead {
-    const uint8_t *next;
-    int64_t bytes;
-};
-
 template <int R>
 static inline void dot_strip(const uint8_t *codes, int64_t stride, int count, const int16_t *x, int64_t x_stride,
                              int len, int32_t *out, int64_t out_stride, Ahead ahead) {
-    const int64_t share = (ahead.bytes / 32 / (count > 1 ? count : 1) + 1) * 64;
-    for (int n = 0; n < count; n += 2) {
-        for (int64_t i = 0; i < share && i < ahead.bytes; i += 64) __builtin_prefetch(ahead.next + i);
-        ahead.next += share, ahead.bytes -= share;
-        dot_tile<R>(codes + n * stride, codes + (n + 1) * stride, x, x_stride, len, out + n, out_stride);
+    const int64_t share = (ahead.bytes * CODE_ROWS / 64 / (count > 1 ? count : 1) + 1) * 64;
+    for (int n = 0; n < count; n += CODE_ROWS) {
+        ahead.fetch(share);
+        dot_tile<R>(codes + n * stride, stride, x, x_stride, len, out + n, out_stride);
     }
 }
 
-// uint8 codes [count][len], int16 x [rows][len]; count is even, len a multiple of 16. The sum of codes times 32768 must
-// stay below 2^31.
+// uint8 codes [count][len], int16 x [rows][len] of at most MOST_16; count is a multiple of CODE_ROWS, len of 16. The sum
+// of codes times MOST_16 must stay below 2^31.
 static inline void dot_rows(const uint8_t *codes, int64_t stride, int count, const int16_t *x, int64_t x_stride,
                             int rows, int len, int32_t *out, int64_t out_stride, Ahead ahead = Ahead{nullptr, 0}) {
     int r = 0;
@@ -114,6 +136,7 @@ static inline void dot_rows(const uint8_t *codes, int64_t stride, int count, con
     if (rows - r == 2) dot_strip<2>(codes, stride, count, x, x_stride, len, out, out_stride, ahead);
     if (rows - r == 1) dot_strip<1>(codes, stride, count, x, x_stride, len, out, out_stride, ahead);
 }
+#endif // TA_TILES
 
 // Scores of exact tokens: out[r][n] = q[r] . k[n] in float32; four rows of q and two of k at once.
 template <int R>

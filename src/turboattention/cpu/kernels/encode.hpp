@@ -14,7 +14,6 @@ constexpr int SHARES = 9;
 constexpr int MAX_ROW = 256; // codes of a row: channels of K or tokens of V
 constexpr double ERROR_STEPS = 4096.0;
 
-static inline vf vmin(vf a, vf b) { return b < a ? b : a; }
 static inline vf reciprocal(vf x) { return 1.0f / vmax(x, splat(TINY)); }
 // To the nearest integer of low .. high, ties to even.
 static inline vf round_within(vf x, float low, float high) {
@@ -71,8 +70,7 @@ static inline void search_token(const float *x, int dim, int bits, float *low, f
         const Share s(i, levels);
         vi errors = vi{};
         for (int d = 0; d < dim; d += W) errors += share_error((load(x + d) - middle) * inverse, s, levels);
-        int32_t error = 0;
-        for (int k = 0; k < W; k++) error += errors[k];
+        const int32_t error = sum_of(errors);
         if (error < best) best = error, best_share = s.share;
     }
     const float reach = best_share * half;

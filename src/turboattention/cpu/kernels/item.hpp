@@ -6,11 +6,15 @@
 
 namespace TA_ISA {
 
-constexpr int BLOCK_TOKENS = 256; // tokens of pages taken at once: the sum of their 8-bit codes times 2^15 fits 31 bits
+constexpr int BLOCK_TOKENS = 256; // tokens of pages taken at once: the sum of their 8-bit codes times MOST_16 fits 31 bits
 constexpr int ROW_BLOCK = 64;     // rows of an item at most
 constexpr int EXACT_TOKENS = 64;
 constexpr int LARGEST_PAGE = 128;
 constexpr int MAX_HEAD_DIM = 256;
+constexpr int HALVES_BYTES = 16 * MAX_HEAD_DIM;       // of operand b of tiles: 16 columns, halves of 8 rows
+constexpr int TILE_SUM_BYTES = 4 * 16 * BLOCK_TOKENS; // of 8 rows: of two pages' tokens, or of channels
+
+static inline int whole_tiles(int dim) { return (dim + 63) / 64 * 64; }
 
 struct Item {
     const TaAttention *call;

@@ -4,13 +4,21 @@
 // 16 columns then stand in one (or two, or four) vectors, and nothing is added across a vector.
 #pragma once
 #include "vec.hpp"
+#if TA_TILES
+#include "tiles.hpp"
+#endif
 
 namespace TA_ISA {
 
 constexpr int PANEL = 16;             // columns
 constexpr int PANEL_STEP = 4 * PANEL; // bytes of 4 bytes of each column
 
-#if defined(__AVX512VNNI__)
+#if TA_TILES
+typedef int32_t Lanes __attribute__((vector_size(64)));
+constexpr bool PAIRS = false;
+constexpr int COLUMN_STEP = TILE_BYTES; // columns of scores, which are rows of the next product, come in whole tiles
+static inline Lanes lanes_at(const void *p) { return load_as<Lanes>((const uint8_t *)p); }
+#elif TA_WIDE
 typedef __m512i Lanes;
 constexpr bool PAIRS = false; // signed times signed: bytes, one side moved by 128
 constexpr int ROWS = 4, PANELS = 4;
@@ -61,10 +69,40 @@ static inline Lanes add_signed(Lanes sum, Lanes a, Lanes b) {
 }
 #endif
 
+#if !TA_TILES
+constexpr int COLUMN_STEP = PANEL;
+#endif
 constexpr int PARTS = PANEL_STEP / (int)sizeof(Lanes); // vectors of a panel
 constexpr int COLUMNS = (int)sizeof(Lanes) / 4;        // of a vector
 constexpr int SIGNED_BYTES = PAIRS ? 2 : 1;            // of one number of a product of signed ones
 
+#if TA_TILES
+// `rows` are those of a buffer of whole groups of 16; what lies in the others does not matter. a is unsigned, b signed.
+template <bool SIGNED, class Take>
+static inline void panel_products(const uint8_t *a, int64_t a_stride, int rows, const uint8_t *b, int64_t b_stride,
+                                  int panels, int steps, const int32_t *first, Take take) {
+    alignas(64) int32_t sums[TILE_GROUPS * TILE_SUMS];
+    constexpr int BLOCK = TILE_GROUPS * TILE_ROWS;
+    for (int r = 0; r < rows; r += BLOCK)
+        for (int p = 0; p < panels; p++) {
+            const int here = min2(BLOCK, rows - r);
+            tile_products(a + r * a_stride, a_stride, (here + TILE_ROWS - 1) / TILE_ROWS, b + p * b_stride, 4 * steps,
+                          first ? first + p * PANEL : nullptr, sums, PANEL);
+            for (int i = 0; i < here; i++) take(r + i, p * PANEL, lanes_at(sums + i * PANEL));
+        }
+}
+
+// As panel_products, to out[row][column]: rows in whole groups of 16 there too.
+template <bool SIGNED>
+static inline void panel_sums(const uint8_t *a, int64_t a_stride, int rows, const uint8_t *b, int64_t b_stride, int panels,
+                              int steps, const int32_t *first, int32_t *out, int64_t out_stride) {
+    constexpr int BLOCK = TILE_GROUPS * TILE_ROWS;
+    for (int r = 0; r < rows; r += BLOCK)
+        for (int p = 0; p < panels; p++)
+            tile_products(a + r * a_stride, a_stride, (min2(BLOCK, rows - r) + TILE_ROWS - 1) / TILE_ROWS, b + p * b_stride,
+                          4 * steps, first ? first + p * PANEL : nullptr, out + r * out_stride + p * PANEL, out_stride);
+}
+#else
 // Sums of R rows and N panels: sums[r][column]. `first`: what the sums of each column begin with, or NULL. A function of
 // its own, or the compiler runs out of registers among those of the caller.
 template <int R, int N, bool SIGNED>
@@ -126,5 +164,14 @@ static inline void panel_products(const uint8_t *a, int64_t a_stride, int rows, 
         }
     }
 }
+
+// As panel_products, to out[row][column].
+template <bool SIGNED>
+static inline void panel_sums(const uint8_t *a, int64_t a_stride, int rows, const uint8_t *b, int64_t b_stride, int panels,
+                              int steps, const int32_t *first, int32_t *out, int64_t out_stride) {
+    auto put = [&](int r, int c, Lanes x) { put_lanes(out + r * out_stride + c, x); };
+    panel_products<SIGNED>(a, a_stride, rows, b, b_stride, panels, steps, first, put);
+}
+#endif
 
 } // namespace TA_ISA

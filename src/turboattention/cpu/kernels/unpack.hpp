@@ -75,10 +75,65 @@ static inline void unpack_row(int bits, const uint8_t *b, int n, uint8_t *out) {
     }
 }
 
+#if TA_WIDE
+// Codes 64 m .. 64 m + 63 of a row of parts of PART bytes, part k shifted by k * BITS: short parts are read into all
+// lanes, each lane then shifts by its own part.
+template <int PART, int BITS> static inline __m512i wide_parts(const uint8_t *b, int m) {
+    constexpr int PARTS = PART < 64 ? 64 / PART : 1; // of a vector
+    const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
+    __m512i v;
+    if (PART >= 64) {
+        v = _mm512_srl_epi16(_mm512_loadu_si512(b + 64 * m % PART), _mm_cvtsi32_si128(64 * m / PART * BITS));
+        return _mm512_and_si512(v, mask);
+    }
+    const int16_t s = (int16_t)(m * PARTS * BITS);
+    if (PART == 32) {
+        v = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)b));
+        v = _mm512_srlv_epi16(v, _mm512_inserti64x4(_mm512_set1_epi16(s), _mm256_set1_epi16(s + BITS), 1));
+    } else if (PART == 16) {
+        v = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)b));
+        const int16_t s1 = s + BITS, s2 = s + 2 * BITS, s3 = s + 3 * BITS;
+        const int64_t ones = 0x0001000100010001;
+        v = _mm512_srlv_epi16(v, _mm512_setr_epi64(s * ones, s * ones, s1 * ones, s1 * ones, s2 * ones, s2 * ones,
+                                                   s3 * ones, s3 * ones));
+    } else { // 8
+        int64_t x;
+        memcpy(&x, b, 8);
+        const int64_t ones = 0x0001000100010001 * BITS, first = 0x0001000100010001 * s;
+        v = _mm512_srlv_epi16(_mm512_set1_epi64(x), _mm512_setr_epi64(first, first + ones, first + 2 * ones,
+                                                                      first + 3 * ones, first + 4 * ones, first + 5 * ones,
+                                                                      first + 6 * ones, first + 7 * ones));
+    }
+    return _mm512_and_si512(v, mask);
+}
+
+// Codes 64 m .. 64 m + 63 of a row of N codes.
+template <int N, int BITS> static inline __m512i wide_codes(const uint8_t *b, int m) {
+    if (BITS == 8) return _mm512_loadu_si512(b + 64 * m);
+    if (BITS == 3) {
+        const __m512i upper = wide_parts<N / 8, 1>(b + N / 4, m);
+        const __m512i lower = wide_parts<N / 4, 2>(b, m);
+        return _mm512_or_si512(lower, _mm512_slli_epi16(upper, 2));
+    }
+    return wide_parts<N * BITS / 8, BITS>(b, m);
+}
+#endif
+
 // N: the number of codes of a row where the compiler is to know it; 0: `n`.
 template <int N, int BITS>
 static inline void unpack_all(const uint8_t *b, int rows, int n, uint8_t *out, int64_t stride) {
     const int count = N ? N : n;
+#if TA_WIDE
+    if (N) {
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int m = 0; m < N / 64; m++) {
+                const __m512i codes = wide_codes<N ? N : 64, BITS>(b + r * (N * BITS / 8), m);
+                _mm512_storeu_si512(out + r * stride + 64 * m, codes);
+            }
+        return;
+    }
+#endif
     for (int r = 0; r < rows; r++) unpack_row(BITS, b + r * (count * BITS / 8), count, out + r * stride);
 }
 
@@ -94,12 +149,13 @@ template <int N> static inline void unpack_as(int bits, const uint8_t *b, int ro
 static inline void unpack_rows(int bits, const uint8_t *b, int rows, int n, uint8_t *out, int64_t stride) {
     if (n == 64) return unpack_as<64>(bits, b, rows, n, out, stride);
     if (n == 128) return unpack_as<128>(bits, b, rows, n, out, stride);
+    if (W == 16 && n == 256) return unpack_as<256>(bits, b, rows, n, out, stride);
     unpack_as<0>(bits, b, rows, n, out, stride);
 }
 
 // W bytes to integers. (GCC moves vectors of 8 bytes through memory, hence the instructions by name.)
 static inline vi widen(const uint8_t *p) {
-#if defined(__AVX512F__)
+#if TA_WIDE
     return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
 #elif defined(__AVX2__)
     return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
@@ -108,7 +164,7 @@ static inline vi widen(const uint8_t *p) {
 #endif
 }
 static inline vi widen(const int8_t *p) {
-#if defined(__AVX512F__)
+#if TA_WIDE
     return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
 #elif defined(__AVX2__)
     return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
@@ -135,26 +191,18 @@ static inline void key_metadata(const TaPageFormat &f, const uint8_t *page, floa
     for (int i = 0; i < dim; i += W) store(zero + i, load(scale + i) * middle);
 }
 
+#if !TA_WIDE
 // The lower plane of the refined channels, [refined][page_size], not yet divided by 2^refined_bits.
 static inline void refined_plane(const TaPageFormat &f, const uint8_t *page, float *plane) {
-    constexpr int STEP = W > 8 ? 8 : W; // a part of a row may have 8 tokens only
-    typedef int32_t ints __attribute__((vector_size(4 * STEP)));
-    typedef float floats __attribute__((vector_size(4 * STEP)));
-    typedef uint8_t few __attribute__((vector_size(STEP)));
+    constexpr int STEP = W; // a part of a row may have 8 tokens only
     const int size = f.page_size, bits = f.refined_bits, parts = 8 / bits, part = size / parts;
     for (int j = 0; j < f.refined; j++)
         for (int i = 0; i < part; i += STEP) {
-            const uint8_t *bytes = page + f.key_refined_codes + j * part + i;
-#if defined(__AVX2__)
-            ints v = (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)bytes));
-#else
-            ints v = __builtin_convertvector(load_as<few>(bytes), ints);
-#endif
-            for (int k = 0; k < parts; k++, v = v >> bits) {
-                floats x = __builtin_convertvector(v & ((1 << bits) - 1), floats);
-                memcpy(plane + j * size + k * part + i, &x, sizeof x);
-            }
+            vi v = widen(page + f.key_refined_codes + j * part + i);
+            for (int k = 0; k < parts; k++, v = v >> bits)
+                store(plane + j * size + k * part + i, vi_to_vf(v & ((1 << bits) - 1)));
         }
 }
+#endif
 
 } // namespace TA_ISA

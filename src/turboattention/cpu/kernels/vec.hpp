@@ -13,9 +13,20 @@
 
 #include "abi.h"
 
+#if !defined(TA_TILES)
+#define TA_TILES 0 // 1 in the files of AMX
+#endif
+#if !defined(TA_WIDE)
+#if defined(__AVX512VNNI__)
+#define TA_WIDE 1
+#else
+#define TA_WIDE 0
+#endif
+#endif
+
 namespace TA_ISA {
 
-#if defined(__AVX512F__)
+#if TA_WIDE
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;
@@ -25,6 +36,7 @@ constexpr int W = 4;
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef int16_t vs __attribute__((vector_size(2 * W)));
 typedef uint8_t vb __attribute__((vector_size(W)));
 
@@ -43,21 +55,56 @@ template <class V, class T> static inline V load_as(const T *p) {
 static inline vf load(const float *p) { return load_as<vf>(p); }
 static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline vf splat(float x) { return x - vf{}; }
+// By name where there is an instruction: compilers compare and blend. Of NaN and a number these give the same as there.
+#if TA_WIDE
+static inline vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)b, (__m512)a); }
+static inline vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)b, (__m512)a); }
+static inline vi imax(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+static inline vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)b, (__m256)a); }
+static inline vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)b, (__m256)a); }
+static inline vi imax(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+#else
 static inline vf vmax(vf a, vf b) { return a < b ? b : a; }
+static inline vf vmin(vf a, vf b) { return b < a ? b : a; }
+static inline vi imax(vi a, vi b) { return a < b ? b : a; }
+#endif
 static inline vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 static inline vf vi_to_vf(vi a) { return __builtin_convertvector(a, vf); }
 static inline vi bits_of(vf a) { return (vi)a; }
 
+// Of all lanes. Halves first: a loop over the lanes would be one addition after the other.
+#if TA_WIDE
+static inline float sum_of(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+static inline float max_of(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+static inline int32_t sum_of(vi v) { return _mm512_reduce_add_epi32((__m512i)v); }
+static inline int32_t max_of(vi v) { return _mm512_reduce_max_epi32((__m512i)v); }
+#elif defined(__AVX2__)
+template <class Join> static inline __m128i joined(__m256i v, Join join) {
+    __m128i x = join(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    x = join(x, _mm_unpackhi_epi64(x, x));
+    return join(x, _mm_shuffle_epi32(x, 1));
+}
 static inline float sum_of(vf v) {
-    float s = 0.0f;
-    for (int i = 0; i < W; i++) s += v[i];
-    return s;
+    auto add = [](__m128i a, __m128i b) { return (__m128i)_mm_add_ps((__m128)a, (__m128)b); };
+    return _mm_cvtss_f32((__m128)joined((__m256i)v, add));
 }
 static inline float max_of(vf v) {
-    float m = v[0];
-    for (int i = 1; i < W; i++) m = max2(m, v[i]);
-    return m;
+    auto most = [](__m128i a, __m128i b) { return (__m128i)_mm_max_ps((__m128)b, (__m128)a); };
+    return _mm_cvtss_f32((__m128)joined((__m256i)v, most));
 }
+static inline int32_t sum_of(vi v) {
+    return _mm_cvtsi128_si32(joined((__m256i)v, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
+}
+static inline int32_t max_of(vi v) {
+    return _mm_cvtsi128_si32(joined((__m256i)v, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); }));
+}
+#else
+static inline float sum_of(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+static inline float max_of(vf v) { return max2(max2(v[0], v[2]), max2(v[1], v[3])); }
+static inline int32_t sum_of(vi v) { return v[0] + v[1] + v[2] + v[3]; }
+static inline int32_t max_of(vi v) { return max2(max2(v[0], v[2]), max2(v[1], v[3])); }
+#endif
 
 static inline float bits_to_float(uint32_t u) {
     float f;
@@ -90,16 +137,42 @@ static inline uint16_t float_to_half(float f) {
     return (uint16_t)(sign | ((a - (112u << 23)) >> 13));
 }
 
-static inline uint16_t float_to_bfloat(float f) {
-    uint32_t u = float_to_bits(f);
-    if ((u & 0x7fffffff) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40);
-    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+// The upper halves are those numbers to the nearest, ties to even; NaN stays NaN.
+static inline vi bfloats_of(vf f) {
+    const vu u = (vu)f, upper = u >> 16, rounded = (u + 0x7fff + (upper & 1)) >> 16;
+    return (vi)((vi)(u & 0x7fffffff) > 0x7f800000 ? upper | 0x40 : rounded);
 }
 
 static inline float float16_at(const uint8_t *page, int offset) {
     uint16_t h;
     memcpy(&h, page + offset, 2);
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
     return half_to_float(h);
+#endif
+}
+
+// W numbers of 16 bits to integers, and back: of an integer the lower half.
+static inline vi halves_at(const uint16_t *p) {
+#if TA_WIDE
+    return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+    return __builtin_convertvector(load_as<vs>(p), vi) & 0xffff;
+#endif
+}
+static inline void store_halves(uint16_t *p, vi x) {
+#if TA_WIDE
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)x));
+#elif defined(__AVX2__)
+    const __m256i low = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(0xffff)), both = _mm256_packus_epi32(low, low);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 0x08)));
+#else
+    const vs narrow = __builtin_convertvector(x, vs);
+    memcpy(p, &narrow, sizeof narrow);
+#endif
 }
 
 // `count` channels (a multiple of 16) of a tensor's row as floats, times `factor`.
@@ -111,7 +184,7 @@ static inline void read_row(const TaTensor &x, int64_t element, int count, float
     }
     const uint16_t *p = (const uint16_t *)x.data + element;
     if (x.dtype == TA_BFLOAT16) {
-        for (int i = 0; i < count; i++) out[i] = bits_to_float((uint32_t)p[i] << 16) * factor;
+        for (int i = 0; i < count; i += W) store(out + i, (vf)(halves_at(p + i) << 16) * factor);
         return;
     }
 #if defined(__F16C__)
@@ -129,7 +202,15 @@ static inline void write_row(const TaTensor &x, int64_t element, int count, cons
         return;
     }
     uint16_t *p = (uint16_t *)x.data + element;
-    for (int i = 0; i < count; i++) p[i] = x.dtype == TA_BFLOAT16 ? float_to_bfloat(in[i]) : float_to_half(in[i]);
+    if (x.dtype == TA_BFLOAT16) {
+        for (int i = 0; i < count; i += W) store_halves(p + i, bfloats_of(load(in + i)));
+        return;
+    }
+#if defined(__F16C__)
+    for (int i = 0; i < count; i += 8) _mm_storeu_si128((__m128i *)(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), 0));
+#else
+    for (int i = 0; i < count; i++) p[i] = float_to_half(in[i]);
+#endif
 }
 
 // 2^x for x <= 0, exactly 0 below -126; relative error 2e-7.
