@@ -1,7 +1,7 @@
 """vLLM on the CPU on a real model, against our transformers path; `engines` says how to run it."""
 
 import pytest
-from engines import NEEDS, Answer, answers, check, expected_of, load_model, started, tokens
+from engines import NEEDS, Answer, answers, check, expected_of, load_model, model_folder, started, tokens
 
 from turboattention.evaluation.texts import encode, load_text
 
@@ -34,6 +34,17 @@ def test_greedy_tokens_are_those_of_transformers(name: str, prompts: list[list[i
     if name == "preemption":  # not all sequences fit at once
         assert sum(-(-(n + NEW) // 64) for n in LENGTHS) > BLOCKS - 1
     check(tokens(answers(started(**ENGINES[name]), prompts, NEW)), expected)
+
+
+def test_qwen():
+    """Qwen2.5-Coder-0.5B: biases of Q, K and V, and large channels of K."""
+    name = "qwen2.5-coder-0.5b"
+    loaded = load_model(name)
+    ids = encode(loaded.tokenizer, load_text("python-code"))
+    prompts = [ids[:150], ids[1000:1005]]
+    wanted = expected_of(loaded.model, prompts, NEW)
+    del loaded
+    check(tokens(answers(started(model_folder(name)), prompts, NEW)), wanted)
 
 
 def test_prefix_hits(prompts: list[list[int]], expected: list[Answer]):
