@@ -1,9 +1,9 @@
 """Sequences of a few new tokens each, most of them drafts: as rows of equal width, and back.
 
-vLLM offers a block to others once its tokens are accepted, also when the sequence ends with them, so a page is written in
-the step that fills it. A draft may be taken back after that, so the tokens stay in the tail too: the page is written
-again when one of them changes, and nothing reads it before. What a step reads as codes ends with the first new token,
-which is never a draft.
+vLLM offers a block to others once its tokens are accepted, also when the sequence ends with them, so a page is written
+in the step that fills it. A draft may be taken back after that, so the tokens stay in the tail too: the page is
+written again when one of them changes, and nothing reads it before. What a step reads as codes ends with the first new
+token, which is never a draft.
 """
 
 from collections.abc import Callable
