@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import NEEDS, answers, check, expected_of, load_model, model_folder, started, tokens
+from engines import NEEDS, answers, check, expected_of, load_model, model_folder, random_llama, started, tokens
 
 from turboattention.config import get_preset
 from turboattention.errors import UnsupportedError
@@ -124,3 +124,24 @@ def test_layer_names_and_skip_list_agree():
     from transformers import AutoConfig
 
     assert AutoConfig.from_pretrained(model_folder()).num_hidden_layers == SKIPPED[1] + 1
+
+
+def test_a_fault_is_logged_and_counted(tmp_path: Path):
+    """K beyond what the open pages hold, as of a model whose numbers overflow."""
+    from prometheus_client import REGISTRY
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(random_llama(tmp_path), dtype=torch.float32)
+    model.model.layers[1].self_attn.k_proj.weight.data.mul_(1e6)
+    model.save_pretrained(tmp_path)
+
+    def counted() -> float:
+        labels = {"rank": "0", "kind": "not_finite"}
+        return REGISTRY.get_sample_value("turboattention_faults_total", labels) or 0.0
+
+    engine, before = started(tmp_path, skip_tokenizer_init=True), counted()
+    with logged() as messages:
+        answers(engine, [[3, 4, 5], [6]], 3)
+    assert counted() >= before + 2
+    assert any("NaN or infinite K or V in 2 sequences" in message for message in messages)
+    assert REGISTRY.get_sample_value("turboattention_layers", {"rank": "0", "pages": "compressed"}) == 2
