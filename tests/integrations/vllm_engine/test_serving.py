@@ -1,6 +1,7 @@
 """The command line of vLLM's server that ``turboattention serve`` runs; needs no vLLM."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,15 @@ def test_presets_that_engines_cannot_hold():
 def test_command_line_shows_the_command(capsys: pytest.CaptureFixture[str]):
     assert main(["serve", "m", "--preset", "turbo2", "--show", "--max-num-seqs", "7"]) == 0
     assert capsys.readouterr().out.split()[:3] == ["vllm", "serve", "m"]
+
+
+def test_the_server_and_its_workers_share_a_folder_of_metrics(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("turboattention.cli.serve.find_spec", lambda name: object())
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda path, arguments: started.append(arguments))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    assert main(["serve", "m", "--port", "1"]) == 0
+    folder = Path(os.environ.pop("PROMETHEUS_MULTIPROC_DIR"))
+    assert not list(folder.iterdir())
+    folder.rmdir()
+    assert started[0][1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "m"]
