@@ -119,6 +119,7 @@ def block_of(chunk: Int8Chunk, first: int) -> Int8Chunk:
         v_scale=chunk.v_scale[:, : end // KEY_BLOCK],
         shift=chunk.shift[:, first:end],
         mean=chunk.mean,
+        gain=chunk.gain,
         sequences=Sequences(1, BLOCK, end),
         head_dim=chunk.head_dim,
     )

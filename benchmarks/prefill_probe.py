@@ -64,7 +64,10 @@ def run(
 
 
 def check_errors() -> None:
-    cases = [(kind, 4, 4, 1000, 1000, 128) for kind in ("gaussian", "outlier", "peaked", "flat", "falling", "constant")]
+    cases = [
+        (kind, 4, 4, 1000, 1000, 128)
+        for kind in ("gaussian", "outlier", "channel", "peaked", "flat", "falling", "constant")
+    ]
     cases += [
         ("gaussian", 8, 2, rows, tokens, 128) for rows, tokens in ((1, 1), (63, 63), (111, 300), (300, 111), (1, 777))
     ]

@@ -103,13 +103,40 @@ def test_window(window: int, isa: int):
 
 
 @pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("kind", ["outlier", "peaked", "flat", "falling", "constant", "zero"])
+@pytest.mark.parametrize("kind", ["outlier", "channel", "peaked", "flat", "falling", "constant", "zero"])
 def test_hard_data(kind: str, isa: int):
     q, k, v = tensors(2, 2, 128, 512, 64)
     harden(kind, q, k, v)
     for causal in (False, True):
         budget = 0.025 if kind == "outlier" else BUDGET
         assert_agrees(q, k, v, run(q, k, v, isa, causal=causal), budget, causal=causal)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_a_large_channel_does_not_coarsen_the_others(isa: int):
+    """As in tests/ops/test_prefill_int8.py, against float64 attention on the inputs themselves."""
+    q, k, v = tensors(4, 2, 256, 256, 64)
+    harden("channel", q, k, v)
+    q[..., 3] *= 0.02
+    key, value = (x.double().repeat_interleave(2, 1) for x in (k, v))
+    hidden = ~int8.visible(256, 256, True, None, q.device)
+    scores = (q.double() @ key.mT * 0.125).masked_fill(hidden, -torch.inf)
+    got = run(q, k, v, isa, causal=True)
+    assert relative_rms(got.out, torch.softmax(scores, -1) @ value) < 0.025
+    assert (got.lse - torch.logsumexp(scores, -1)).abs().max() < 0.08
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_values_that_are_no_numbers_stay_in_their_head(which: int, value: float, isa: int):
+    inputs = tensors(4, 2, 130, 130, 64)
+    want = run(*inputs, isa, causal=True)
+    for spot in ((0, 0, 17, 5), (0, 0, slice(None), 5), (0, 0)):
+        inputs[which][spot] = value
+        got = run(*inputs, isa, causal=True)
+        assert torch.equal(got.out[:, 2:], want.out[:, 2:])
+        assert torch.equal(got.lse[:, 2:], want.lse[:, 2:])
 
 
 @pytest.mark.parametrize("isa", SETS)

@@ -1,4 +1,4 @@
-// INT8 prefill of a batch (`ops.prefill.int8`): means of K, K and V as tiles of panels, then 64 queries of a head at once.
+// INT8 prefill of a batch (`ops.prefill.int8`): means and gains, K and V as tiles, then 64 queries of a head at once.
 #pragma once
 #include <stdlib.h>
 
@@ -11,28 +11,53 @@ struct Chunk {
     const TaPrefill *call;
     const Sequence *sequences;
     const int32_t *of_tile, *of_block; // pairs: sequence, tile or block of queries
-    float *means;                      // [batch][kv_heads][head_dim]
+    float *channels;                   // [batch][kv_heads][Channels::VECTORS][head_dim]
     uint8_t *tiles;
 
-    float *mean(int b, int h) const { return means + ((int64_t)b * call->kv_heads + h) * call->head_dim; }
+    Channels of(int b, int h) const {
+        const int64_t size = (int64_t)Channels::VECTORS * call->head_dim;
+        return Channels(channels + ((int64_t)b * call->kv_heads + h) * size, call->head_dim);
+    }
     uint8_t *tile(int b, int h, int t) const {
         const Sequence &s = sequences[b];
         return tiles + (s.first_tile + (int64_t)h * s.tiles + t) * Tile::bytes(call->head_dim);
     }
 };
 
-static void mean_of_keys(void *context, int i, uint8_t *scratch) {
+// Largest magnitude of each channel in some rows of the queries of KV head h, spread over the sequence.
+static void sample_queries(const TaPrefill &a, const Sequence &s, int b, int h, float *row, float *most) {
+    const int dim = a.head_dim, ratio = a.heads / a.kv_heads;
+    for (int d = 0; d < dim; d++) most[d] = 0.0f;
+    for (int i = 0; s.queries > 0 && i < SAMPLES * ratio; i++) {
+        const int64_t token = s.first_q + (int64_t)(i / ratio) * s.queries / SAMPLES;
+        read_row(a.q, b * a.q.batch + (h * ratio + i % ratio) * a.q.head + token * a.q.token, dim, 1.0f, row);
+        for (int d = 0; d < dim; d += W) store(most + d, vmax(load(most + d), vabs(load(row + d))));
+    }
+}
+
+static void measure_channels(void *context, int i, uint8_t *scratch) {
     const Chunk &c = *(const Chunk *)context;
     const TaPrefill &a = *c.call;
     const int b = i / a.kv_heads, h = i % a.kv_heads, dim = a.head_dim;
     const Sequence &s = c.sequences[b];
-    float *mean = c.mean(b, h), *row = (float *)scratch;
-    memset(mean, 0, 4 * (size_t)dim);
+    const Channels of = c.of(b, h);
+    float *row = (float *)scratch, *query = row + dim, *high = query + dim, *low = high + dim; // low: largest of -k
+    for (int d = 0; d < dim; d++) of.mean[d] = 0.0f, high[d] = low[d] = NEG_INF;
     for (int t = 0; t < s.tokens; t++) {
         read_row(a.key, b * a.key.batch + h * a.key.head + (s.first_k + t) * a.key.token, dim, 1.0f, row);
-        for (int d = 0; d < dim; d += W) store(mean + d, load(mean + d) + load(row + d));
+        for (int d = 0; d < dim; d += W) {
+            const vf x = load(row + d);
+            store(of.mean + d, load(of.mean + d) + x);
+            store(high + d, vmax(load(high + d), x)), store(low + d, vmax(load(low + d), -x));
+        }
     }
-    for (int d = 0; d < dim; d += W) store(mean + d, load(mean + d) / (float)max2(s.tokens, 1));
+    for (int d = 0; d < dim; d += W) {
+        const vf mean = load(of.mean + d) / (float)max2(s.tokens, 1);
+        store(of.mean + d, mean);
+        store(high + d, vmax(load(high + d) - mean, load(low + d) + mean));
+    }
+    sample_queries(a, s, b, h, row, query);
+    gains_of(high, query, dim, of.gain, of.inverse);
 }
 
 static void pack_tile(void *context, int i, uint8_t *scratch) {
@@ -43,14 +68,15 @@ static void pack_tile(void *context, int i, uint8_t *scratch) {
     const Sequence &s = c.sequences[b];
     const int count = min2(TILE, s.tokens - first);
     float *x = ChunkRows(scratch, dim).x;
-    const float *mean = c.mean(b, h);
+    const Channels of = c.of(b, h);
     const Tile tile(c.tile(b, h, t), dim);
     for (int side = 0; side < 2; side++) {
         const TaTensor &from = side ? a.value : a.key;
         for (int r = 0; r < count; r++) {
             float *row = x + r * dim;
             read_row(from, b * from.batch + h * from.head + (s.first_k + first + r) * from.token, dim, 1.0f, row);
-            for (int d = 0; !side && d < dim; d += W) store(row + d, load(row + d) - load(mean + d));
+            for (int d = 0; !side && d < dim; d += W)
+                store(row + d, (load(row + d) - load(of.mean + d)) * load(of.inverse + d));
         }
         memset(x + count * dim, 0, 4 * (size_t)(TILE - count) * dim);
         if (side) pack_values(x, dim, tile);
@@ -63,7 +89,7 @@ static void attend_block_of_queries(void *context, int i, uint8_t *scratch) {
     const TaPrefill &a = *c.call;
     const int b = c.of_block[2 * (i / a.heads)], block = c.of_block[2 * (i / a.heads) + 1], h = i % a.heads;
     const int kv = h / (a.heads / a.kv_heads);
-    attend_chunk(a, c.sequences[b], b, h, block, c.tile(b, kv, 0), c.mean(b, kv), scratch);
+    attend_chunk(a, c.sequences[b], b, h, block, c.tile(b, kv, 0), c.of(b, kv), scratch);
 }
 
 // Lengths of sequence b, or false where they do not lie in the tensors.
@@ -88,14 +114,14 @@ static int run_prefill(const TaPrefill *call) {
     }
     auto aligned = [](int64_t bytes) { return (bytes + 63) & ~(int64_t)63; };
     const int64_t table = aligned(a.batch * (int64_t)sizeof(Sequence)), numbers = aligned(8 * (tiles + blocks));
-    const int64_t means = aligned(4 * (int64_t)a.batch * a.kv_heads * a.head_dim);
+    const int64_t channels = aligned(4 * (int64_t)a.batch * a.kv_heads * Channels::VECTORS * a.head_dim);
     const int64_t packed = tiles * a.kv_heads * aligned(Tile::bytes(a.head_dim));
     void *memory = nullptr;
-    if (posix_memalign(&memory, 64, (size_t)(table + numbers + means + packed + 64)) != 0) return TA_NO_MEMORY;
+    if (posix_memalign(&memory, 64, (size_t)(table + numbers + channels + packed + 64)) != 0) return TA_NO_MEMORY;
     Sequence *sequences = (Sequence *)memory;
     int32_t *of_tile = (int32_t *)((uint8_t *)memory + table), *of_block = of_tile + 2 * tiles;
     Chunk chunk{call, sequences, of_tile, of_block, (float *)((uint8_t *)memory + table + numbers), nullptr};
-    chunk.tiles = (uint8_t *)chunk.means + means;
+    chunk.tiles = (uint8_t *)chunk.channels + channels;
     int64_t tile = 0, block = 0;
     for (int b = 0; b < a.batch; b++) {
         Sequence &s = sequences[b];
@@ -107,7 +133,7 @@ static int run_prefill(const TaPrefill *call) {
             of_block[2 * block] = b, of_block[2 * block + 1] = n;
     }
     const int64_t scratch = ChunkRows(nullptr, a.head_dim).used;
-    const bool done = ta_parallel(a.threads, a.batch * a.kv_heads, scratch, mean_of_keys, &chunk) &&
+    const bool done = ta_parallel(a.threads, a.batch * a.kv_heads, scratch, measure_channels, &chunk) &&
                       ta_parallel(a.threads, (int)(tiles * a.kv_heads), scratch, pack_tile, &chunk) &&
                       ta_parallel(a.threads, (int)(blocks * a.heads), scratch, attend_block_of_queries, &chunk);
     free(memory);

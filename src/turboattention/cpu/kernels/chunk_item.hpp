@@ -1,7 +1,5 @@
 // One work item of INT8 prefill: 64 queries of a head over the tiles that they see (ops/prefill/README.md, "A tile").
 #pragma once
-#include <math.h>
-
 #include "chunk_pack.hpp"
 
 namespace TA_ISA {
@@ -12,6 +10,14 @@ constexpr int CHUNK_ROWS = 64; // queries that share a scale
 struct Sequence {
     int64_t first_q, first_k, first_tile; // the last: of its first KV head
     int queries, tokens, tiles;
+};
+
+// What the operands of a KV head of a sequence are made with, for each channel.
+struct Channels {
+    float *mean, *gain, *inverse; // of K; of Q; 1 over it
+    static constexpr int VECTORS = 3;
+
+    Channels(float *memory, int dim) : mean(memory), gain(memory + dim), inverse(memory + 2 * dim) {}
 };
 
 struct ChunkRows {
@@ -152,15 +158,18 @@ static inline void weigh_tile(const ChunkRows &b, int rows, int columns, const i
     }
 }
 
-// Reads 64 queries, rounds them, and keeps what smoothing K took from their scores.
-static inline float read_queries(const TaPrefill &a, const TaTensor &q, int64_t element, int rows, const float *mean,
+// Reads 64 queries, rounds them times the gains, and keeps what smoothing K took from their scores.
+static inline float read_queries(const TaPrefill &a, const TaTensor &q, int64_t element, int rows, const Channels &of,
                                  const ChunkRows &b) {
     const int dim = a.head_dim;
     for (int r = 0; r < rows; r++) {
         float *x = b.x + r * dim;
         read_row(q, element + r * q.token, dim, a.scale * LOG2E, x);
         vf product = vf{};
-        for (int i = 0; i < dim; i += W) product += load(x + i) * load(mean + i);
+        for (int i = 0; i < dim; i += W) {
+            product += load(x + i) * load(of.mean + i);
+            store(x + i, load(x + i) * load(of.gain + i));
+        }
         b.shift[r] = sum_of(product) / LOG2E;
     }
     const float top = largest_of(b.x, (int64_t)rows * dim), inverse = (float)LEVELS / top;
@@ -171,7 +180,7 @@ static inline float read_queries(const TaPrefill &a, const TaTensor &q, int64_t 
 }
 
 static void attend_chunk(const TaPrefill &a, const Sequence &s, int number, int h, int block, const uint8_t *tiles,
-                         const float *mean, uint8_t *memory) {
+                         const Channels &of, uint8_t *memory) {
 #if TA_TILES
     const TileScope tiles_of(a.head_dim);
 #endif
@@ -179,7 +188,7 @@ static void attend_chunk(const TaPrefill &a, const Sequence &s, int number, int 
     const int dim = a.head_dim, first_row = block * CHUNK_ROWS, rows = min2(CHUNK_ROWS, s.queries - first_row);
     const int padded = (rows + 3) / 4 * 4;
     const int64_t element = number * a.q.batch + h * a.q.head + (s.first_q + first_row) * a.q.token;
-    const float q_scale = read_queries(a, a.q, element, rows, mean, b);
+    const float q_scale = read_queries(a, a.q, element, rows, of, b);
     int low[CHUNK_ROWS], high[CHUNK_ROWS];
     for (int r = 0; r < CHUNK_ROWS; r++) {
         const int at = s.tokens - s.queries + first_row + r;

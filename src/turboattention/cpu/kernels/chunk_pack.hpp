@@ -1,5 +1,7 @@
 // Operands of INT8 prefill: K and V of 128 tokens as panels with one scale each (`ops.prefill.int8.quantise_chunk`).
 #pragma once
+#include <math.h>
+
 #include "panels.hpp"
 
 namespace TA_ISA {
@@ -7,6 +9,8 @@ namespace TA_ISA {
 constexpr int TILE = 128;   // tokens that share a scale
 constexpr int LEVELS = 127; // of a code, and of a weight
 constexpr float LEAST = 1e-30f;
+constexpr int SAMPLES = 64;            // query rows of a head that say how large Q's channels are
+constexpr float LEAST_SHARE = 0x1p-8f; // of a head's largest channel that a channel counts as
 
 // K and V of one tile, one allocation after the other.
 struct Tile {
@@ -63,7 +67,22 @@ static inline int32_t code_row(const float *x, int dim, float inverse, int offse
     return sum_of(sums);
 }
 
-// float32 x [TILE][dim], zeros behind the tokens; K without its mean.
+// A channel's share of the largest; what is no number counts as the largest.
+static inline float share_of(float x, float most) {
+    const float share = x / most;
+    return share < 1.0f ? max2(share, LEAST_SHARE) : 1.0f;
+}
+
+// `ops.prefill.int8.channel_gains` and 1 over them, from the largest magnitudes of K without its mean and of some of Q.
+static inline void gains_of(const float *k, const float *q, int dim, float *gain, float *inverse) {
+    const float most_k = largest_of(k, dim), most_q = largest_of(q, dim);
+    for (int d = 0; d < dim; d++) {
+        gain[d] = sqrtf(share_of(k[d], most_k) / share_of(q[d], most_q));
+        inverse[d] = 1.0f / gain[d];
+    }
+}
+
+// float32 x [TILE][dim], zeros behind the tokens; K without its mean, channels divided by their gains.
 static inline void pack_keys(const float *x, int dim, const Tile &tile) {
     const float top = largest_of(x, (int64_t)TILE * dim), inverse = (float)LEVELS / top;
     const int row = dim * SIGNED_BYTES;

@@ -113,9 +113,9 @@ def _step(
 
 @gluon.jit
 def _compute(
-    q_shared, first_k, first_barrier, full, free, k_buffer, v_buffer, q_ptr, mean_ptr, k_scale_ptr, v_scale_ptr,
-    out_ptr, lse_ptr, q_stride_t, q_stride_d, out_stride_t, out_stride_d, scale, rows_left, limit, length, clear, tiles,
-    NUMBER: gl.constexpr, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, CAUSAL: gl.constexpr,
+    q_shared, first_k, first_barrier, full, free, k_buffer, v_buffer, q_ptr, mean_ptr, gain_ptr, k_scale_ptr,
+    v_scale_ptr, out_ptr, lse_ptr, q_stride_t, q_stride_d, out_stride_t, out_stride_d, scale, rows_left, limit, length,
+    clear, tiles, NUMBER: gl.constexpr, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 rows. limit: tokens that the first row sees, one more for each row after it.
 
@@ -128,7 +128,7 @@ def _compute(
     zero_o = gl.zeros([ROWS, WIDTH], gl.int32, layout=o_layout)
     row_layout: gl.constexpr = gl.max(gl.max(zero_s.reshape([ROWS, TOKENS // 8, 4, 2]), 3), 1).type.layout
     q_scale = read_queries(
-        q_shared, q_ptr, mean_ptr, lse_ptr, q_stride_t, q_stride_d, scale, rows_left, HEAD_DIM, WIDTH
+        q_shared, q_ptr, mean_ptr, gain_ptr, lse_ptr, q_stride_t, q_stride_d, scale, rows_left, HEAD_DIM, WIDTH
     )
     base = gl.full([ROWS, 4], FIRST_BASE, gl.float32, layout=row_layout)
     total = gl.zeros([ROWS, 4], gl.float32, layout=row_layout)
@@ -181,7 +181,7 @@ def _locate(cu_ptr, number, longest, PACKED: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["longest_q", "longest_k", "heads", "ratio"])
 def attention_kernel(
-    q_ptr, mean_ptr, k_desc, v_desc, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale,
+    q_ptr, mean_ptr, gain_ptr, k_desc, v_desc, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale,
     longest_q, longest_k, padded_k, heads, ratio, q_stride_b, q_stride_h, q_stride_t, q_stride_d,
     out_stride_b, out_stride_h, out_stride_t, out_stride_d, lse_stride_b, lse_stride_h,
     HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
@@ -230,6 +230,7 @@ def attention_kernel(
     k_scale_ptr += (kv_head * padded_k + start_k) // TOKENS
     v_scale_ptr += (kv_head * padded_k + start_k) // TOKENS
     mean_ptr += (number * (heads // ratio) + kv_head) * WIDTH
+    gain_ptr += (number * (heads // ratio) + kv_head) * WIDTH
     row = (first_q + first_row).to(gl.int64)
     q_ptr += head.to(gl.int64) * q_stride_h + row * q_stride_t
     out_ptr += head.to(gl.int64) * out_stride_h + row * out_stride_t
@@ -241,11 +242,11 @@ def attention_kernel(
     gl.warp_specialize(
         [
             (_compute, (q_shared.index(0), first_k, first, full, free, k_buffer, v_buffer, q_ptr, mean_ptr,
-                        k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, q_stride_t, q_stride_d, out_stride_t, out_stride_d,
-                        scale, rows_left, position + 1, length, clear, tiles,
+                        gain_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, q_stride_t, q_stride_d, out_stride_t,
+                        out_stride_d, scale, rows_left, position + 1, length, clear, tiles,
                         gl.constexpr(0), HEAD_DIM, WIDTH, CAUSAL)),
             (_compute, (q_shared.index(1), first_k, first, full, free, k_buffer, v_buffer, q_ptr + q_stride_t * ROWS,
-                        mean_ptr, k_scale_ptr, v_scale_ptr, out_ptr + out_stride_t * ROWS, lse_ptr + ROWS,
+                        mean_ptr, gain_ptr, k_scale_ptr, v_scale_ptr, out_ptr + out_stride_t * ROWS, lse_ptr + ROWS,
                         q_stride_t, q_stride_d, out_stride_t, out_stride_d, scale, rows_left - ROWS,
                         position + ROWS + 1, length, clear_1, tiles, gl.constexpr(1), HEAD_DIM, WIDTH, CAUSAL)),
             (_load, (k_desc, v_desc, full, free, k_buffer, v_buffer, kv_head * padded_k, kv_head * WIDTH, start_k,
@@ -265,7 +266,7 @@ def shared_layout(rows, columns):
 def attention(q: Tensor, chunk: Int8Chunk, out: Tensor, lse: Tensor, scale: float, *, causal: bool) -> None:
     """Attention over the operands, written into ``out`` (like q, any strides) and ``lse``; see `int8.int8_attention`.
 
-    q and scale: as for `int8.quantise_chunk`. The kernel quantises q itself, and of the chunk reads K, V and the mean.
+    q and scale: as for `int8.quantise_chunk`. The kernel quantises q itself; of the chunk it reads K, V, mean and gain.
     The width of the operands must be 64 or 128 (head_dim up to 128).
     """
     sequences = chunk.sequences
@@ -278,8 +279,8 @@ def attention(q: Tensor, chunk: Int8Chunk, out: Tensor, lse: Tensor, scale: floa
     grid = (sequences.batch * heads, -(-sequences.max_q // (2 * 64)))
     strides = [(0, x.stride(1), x.stride(0), x.stride(2)) if packed else x.stride() for x in (q, out)]
     attention_kernel[grid](
-        q, chunk.mean, describe(chunk.k, BLOCK, width), describe(chunk.v, width, BLOCK), chunk.k_scale, chunk.v_scale,
-        out, lse, sequences.cu_q, sequences.cu_k, scale,
+        q, chunk.mean, chunk.gain, describe(chunk.k, BLOCK, width), describe(chunk.v, width, BLOCK),
+        chunk.k_scale, chunk.v_scale, out, lse, sequences.cu_q, sequences.cu_k, scale,
         sequences.max_q, sequences.max_k, sequences.padded_k, heads, heads // kv_heads,
         *strides[0], *strides[1], 0 if packed else lse.stride(0), lse.stride(-2),
         HEAD_DIM=chunk.head_dim, WIDTH=width, CAUSAL=causal, PACKED=packed, REGISTERS=REGISTERS,

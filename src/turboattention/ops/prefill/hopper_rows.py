@@ -39,7 +39,7 @@ def _divide(a, b):
 
 @gluon.jit
 def read_queries(
-    q_shared, q_ptr, mean_ptr, lse_ptr, stride_t, stride_d, scale, rows_left,
+    q_shared, q_ptr, mean_ptr, gain_ptr, lse_ptr, stride_t, stride_d, scale, rows_left,
     HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """64 rows of Q to INT8 in shared memory; returns their scale.
@@ -54,7 +54,7 @@ def read_queries(
     q = gl.load(at, mask=real, other=0.0).to(gl.float32)
     mean = gl.expand_dims(gl.load(mean_ptr + channel), 0)
     gl.store(lse_ptr + row, gl.sum(q * mean, 1) * scale, mask=row < rows_left)
-    q = q * (scale * _LOG2E)
+    q = q * gl.expand_dims(gl.load(gain_ptr + channel) * (scale * _LOG2E), 0)
     largest = gl.maximum(gl.max(gl.max(gl.abs(q), 1), 0), _SMALLEST)
     levels = gl.to_tensor(_LEVELS)
     inverse = _divide(levels, largest)

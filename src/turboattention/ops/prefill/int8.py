@@ -20,6 +20,8 @@ QUERY_BLOCK = 64  # query rows that share a scale: the rows that one warpgroup o
 KEY_BLOCK = BLOCK  # tokens that share a scale of K and one of V: a tile of the kernels
 ROWS = 512  # queries that the definition computes together: bounds the score matrix, changes no result
 SMALLEST = 1e-30  # of a block's largest magnitude: zeros then give codes 0 and no division by 0
+SAMPLES = 64  # query rows of every head, spread over the sequence, that say how large Q's channels are
+SMALLEST_SHARE = 2.0**-8  # of a head's largest channel that a channel counts as: bounds what a sample may miss
 LOG2E = math.log2(math.e)
 
 
@@ -29,14 +31,15 @@ class Int8Chunk:
 
     width: ``head_dim`` rounded up to a power of two. What lies between two sequences is never read.
 
-    q:       int8 ``[heads, padded_q, width]``, of q * scale * log2(e)
+    q:       int8 ``[heads, padded_q, width]``, of q * scale * log2(e) * gain
     q_scale: float32 ``[heads, padded_q / 64]``
-    k:       int8 ``[kv_heads, padded_k, width]``, of k minus its mean over the tokens of its sequence
+    k:       int8 ``[kv_heads, padded_k, width]``, of (k minus its mean over the tokens of its sequence) / gain
     k_scale: float32 ``[kv_heads, padded_k / 128]``
     v:       int8 ``[kv_heads, width, padded_k]``, tokens in the order of `quant.packing.permute_tokens`
     v_scale: float32 ``[kv_heads, padded_k / 128]``
     shift:   float32 ``[heads, padded_q]``, scale * (q . mean of k): what smoothing took from every score of the row
     mean:    float32 ``[sequences, kv_heads, width]``, of k
+    gain:    float32 ``[sequences, kv_heads, width]``, of `channel_gains`
 
     A kernel that quantises queries itself gets a chunk whose q, q_scale and shift have no rows.
     """
@@ -49,6 +52,7 @@ class Int8Chunk:
     v_scale: Tensor
     shift: Tensor
     mean: Tensor
+    gain: Tensor
     sequences: Sequences
     head_dim: int
 
@@ -78,6 +82,7 @@ def empty_chunk(q: Tensor, k: Tensor, sequences: Sequences, *, queries: bool = T
         v_scale=new(torch.float32, kv_heads, tokens // KEY_BLOCK),
         shift=new(torch.float32, heads, rows),
         mean=new(torch.float32, sequences.batch, kv_heads, width),
+        gain=new(torch.float32, sequences.batch, kv_heads, width),
         sequences=sequences,
         head_dim=q.shape[-1],
     )
@@ -97,15 +102,45 @@ def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Seq
     for number, (rows, tokens) in enumerate(zip(sequences.spans_q(), sequences.spans_k(), strict=True)):
         x, key, value = rows.read(q).float(), tokens.read(k).float(), tokens.read(v).float()
         mean = key.sum(1, keepdim=True) / max(tokens.length, 1)
+        key = key - mean
+        gain = channel_gains(key, x)[:, None]
         chunk.mean[number] = _widen(mean.squeeze(1), chunk.k.shape[-1])
+        chunk.gain[number] = _widen(gain.squeeze(1), chunk.k.shape[-1], 1.0)
         chunk.shift[:, rows.padded] = _pad(scale * (x @ mean.repeat_interleave(ratio, 0).mT).squeeze(-1), rows.blocks)
-        codes, chunk.q_scale[:, rows.scales(QUERY_BLOCK)] = _quantise(_pad(x * (scale * LOG2E), rows.blocks, 1), 64)
+        x = x * (gain * (scale * LOG2E)).repeat_interleave(ratio, 0)
+        codes, chunk.q_scale[:, rows.scales(QUERY_BLOCK)] = _quantise(_pad(x, rows.blocks, 1), QUERY_BLOCK)
         chunk.q[:, rows.padded] = _widen(codes, chunk.q.shape[-1])
-        codes, chunk.k_scale[:, tokens.scales(KEY_BLOCK)] = _quantise(_pad(key - mean, tokens.blocks, 1), KEY_BLOCK)
+        key = key * gain.reciprocal()
+        codes, chunk.k_scale[:, tokens.scales(KEY_BLOCK)] = _quantise(_pad(key, tokens.blocks, 1), KEY_BLOCK)
         chunk.k[:, tokens.padded] = _widen(codes, chunk.k.shape[-1])
         codes, chunk.v_scale[:, tokens.scales(KEY_BLOCK)] = _quantise(_pad(value, tokens.blocks, 1), KEY_BLOCK)
         chunk.v[:, :, tokens.padded] = permute_tokens(_widen(codes, chunk.v.shape[1]).mT)
     return chunk
+
+
+def channel_gains(key: Tensor, q: Tensor) -> Tensor:
+    """What Q's channels are multiplied by and K's divided by, so that neither side has few large ones under one scale.
+
+    sqrt(a / b): a is the largest magnitude of a channel of ``key``, b that of `SAMPLES` rows of every query head, both
+    as shares of the head's largest channel and at least SMALLEST_SHARE. Maxima do not depend on the order of tokens.
+
+    key: float32 ``[kv_heads, tokens, channels]``, k without its mean; q: ``[heads, queries, channels]``.
+    Returns float32 ``[kv_heads, channels]``, finite and above 0 whatever the inputs are.
+    """
+    rows = torch.arange(SAMPLES if q.shape[1] else 0, device=q.device) * q.shape[1] // SAMPLES
+    sample = q[:, rows].unflatten(0, (key.shape[0], q.shape[0] // key.shape[0])).flatten(1, 2)
+    # Through float64, because torch's float32 root on a CPU is not the nearest number.
+    return (_shares(key) / _shares(sample)).double().sqrt().float()
+
+
+def _shares(x: Tensor) -> Tensor:
+    """Largest magnitudes of channels of ``[kv_heads, tokens, channels]``, divided by the head's largest.
+
+    What is no number counts as the largest.
+    """
+    largest = torch.nn.functional.pad(x.abs(), (0, 0, 0, 1)).amax(1)  # 0 where there is no token
+    share = largest / largest.amax(1, keepdim=True)
+    return torch.where(share < 1, share.clamp_min(SMALLEST_SHARE), 1.0)
 
 
 def int8_attention(
@@ -182,5 +217,5 @@ def _pad(x: Tensor, blocks: int, channels: int = 0) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0) * channels + (0, blocks * BLOCK - x.shape[1]))
 
 
-def _widen(codes: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(codes, (0, width - codes.shape[-1]))
+def _widen(x: Tensor, width: int, value: float = 0.0) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=value)

@@ -1,7 +1,7 @@
 """Kernels that make the INT8 operands of a chunk: the same codes as `int8.quantise_chunk`, in three launches.
 
-K is added up in parts of each sequence, the parts to its mean; then every program quantises a block of 128 tokens of
-one head of Q, K or V.
+Parts of each sequence give K's sums and extremes and those of some queries, the parts the mean and the channels' gains;
+then every program quantises a block of 128 tokens of one head of Q, K or V.
 """
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboattention.ops.prefill.int8 import LEVELS, LOG2E, SMALLEST, Int8Chunk, empty_chunk
+from turboattention.ops.prefill.int8 import LEVELS, LOG2E, SAMPLES, SMALLEST, SMALLEST_SHARE, Int8Chunk, empty_chunk
 from turboattention.ops.prefill.sequences import BLOCK, Sequences
 
 PARTS = 64  # of a sequence when K is added up: enough programs for a whole GPU
+_SAMPLES = tl.constexpr(SAMPLES)
+_SMALLEST_SHARE = tl.constexpr(SMALLEST_SHARE)
 
 
 @triton.jit
@@ -30,47 +32,6 @@ def locate(cu_ptr, number, longest, PACKED: tl.constexpr):
         length = longest
         start = number * (tl.cdiv(longest, 128) * 128)
     return first, length, start
-
-
-@triton.jit(do_not_specialize=["longest"])
-def sum_keys(
-    k_ptr, parts_ptr, cu_ptr, longest, kv_heads, stride_b, stride_h, stride_t, stride_d,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Sums of one part of the tokens: float32 ``parts [batch, kv_heads, PARTS, WIDTH]``."""
-    part = tl.program_id(0)
-    head = tl.program_id(1)
-    number = tl.program_id(2)
-    first, length, _ = locate(cu_ptr, number, longest, PACKED)
-    size = tl.cdiv(length, PARTS)
-    end = tl.minimum((part + 1) * size, length)
-    channels = tl.arange(0, WIDTH)
-    base = k_ptr + head.to(tl.int64) * stride_h
-    if not PACKED:
-        base += number.to(tl.int64) * stride_b
-    total = tl.zeros([WIDTH], tl.float32)
-    for begin in range(part * size, end, 128):
-        tokens = begin + tl.arange(0, 128)
-        at = base + (first + tokens).to(tl.int64)[:, None] * stride_t + channels[None, :] * stride_d
-        x = tl.load(at, mask=(tokens < end)[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
-        total += tl.sum(x.to(tl.float32), 0)
-    tl.store(parts_ptr + ((number * kv_heads + head) * PARTS + part) * WIDTH + channels, total)
-
-
-@triton.jit(do_not_specialize=["longest"])
-def mean_keys(
-    parts_ptr, mean_ptr, cu_ptr, longest, kv_heads,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Parts to float32 ``mean [batch, kv_heads, WIDTH]``."""
-    head = tl.program_id(0)
-    number = tl.program_id(1)
-    _, length, _ = locate(cu_ptr, number, longest, PACKED)
-    row = number * kv_heads + head
-    channels = tl.arange(0, WIDTH)
-    at = row * (PARTS * WIDTH) + tl.arange(0, PARTS)[:, None] * WIDTH + channels[None, :]
-    mean = tl.math.div_rn(tl.sum(tl.load(parts_ptr + at), 0), tl.maximum(length, 1).to(tl.float32))
-    tl.store(mean_ptr + row * WIDTH + channels, mean)
 
 
 @triton.jit
@@ -89,6 +50,79 @@ def _tile(base, tokens, length, channels, real, stride_t, stride_d):
     return tl.load(at, mask=(tokens < length)[:, None] & real, other=0.0).to(tl.float32)
 
 
+@triton.jit(do_not_specialize=["longest_q", "longest_k", "ratio"])
+def measure_parts(
+    q_ptr, k_ptr, parts_ptr, cu_q_ptr, cu_k_ptr, longest_q, longest_k, ratio, kv_heads,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Of each channel, float32 ``parts [batch, kv_heads, 4, PARTS, WIDTH]``.
+
+    Sum, largest and least of K over one part of the tokens, and the largest magnitude in the sampled rows of Q (the
+    first parts take a query head each).
+    """
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    number = tl.program_id(2)
+    channels = tl.arange(0, WIDTH)
+    real = (channels < HEAD_DIM)[None, :]
+    magnitude = tl.zeros([WIDTH], tl.float32)
+    for query_head in range(part, ratio, PARTS):
+        first_q, length_q, _ = locate(cu_q_ptr, number, longest_q, PACKED)
+        base_q = _head(
+            q_ptr, head * ratio + query_head, number, first_q, q_stride_b, q_stride_h, q_stride_t, PACKED
+        )  # fmt: skip
+        rows = tl.arange(0, _SAMPLES) * length_q // _SAMPLES
+        x = _tile(base_q, rows, length_q, channels, real, q_stride_t, q_stride_d)
+        magnitude = tl.maximum(magnitude, tl.max(tl.abs(x), 0))
+    first, length, _ = locate(cu_k_ptr, number, longest_k, PACKED)
+    base = _head(k_ptr, head, number, first, k_stride_b, k_stride_h, k_stride_t, PACKED)
+    size = tl.cdiv(length, PARTS)
+    end = tl.minimum((part + 1) * size, length)
+    # Tiles are joined element by element and reduced once: a reduction for each tile waits for all warps.
+    total = tl.zeros([64, WIDTH], tl.float32)
+    largest = tl.full([64, WIDTH], -float("inf"), tl.float32)
+    least = tl.full([64, WIDTH], float("inf"), tl.float32)
+    for begin in range(part * size, end, 64):
+        tokens = begin + tl.arange(0, 64)
+        x = _tile(base, tokens, end, channels, real, k_stride_t, k_stride_d)
+        total += x
+        seen = (tokens < end)[:, None]
+        largest = tl.maximum(largest, tl.where(seen, x, -float("inf")))
+        least = tl.minimum(least, tl.where(seen, x, float("inf")))
+    to = parts_ptr + ((number * kv_heads + head) * (4 * PARTS) + part) * WIDTH + channels
+    tl.store(to, tl.sum(total, 0))
+    tl.store(to + PARTS * WIDTH, tl.max(largest, 0))
+    tl.store(to + 2 * PARTS * WIDTH, tl.min(least, 0))
+    tl.store(to + 3 * PARTS * WIDTH, magnitude)
+
+
+@triton.jit
+def _share(x):
+    share = tl.math.div_rn(x, tl.zeros_like(x) + tl.max(x, 0))
+    return tl.where(share < 1.0, tl.maximum(share, _SMALLEST_SHARE), 1.0)
+
+
+@triton.jit(do_not_specialize=["longest"])
+def join_parts(
+    parts_ptr, mean_ptr, gain_ptr, cu_ptr, longest, kv_heads,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Parts to float32 ``mean`` and ``gain [batch, kv_heads, WIDTH]``, as `int8.channel_gains` has it."""
+    head = tl.program_id(0)
+    number = tl.program_id(1)
+    _, length, _ = locate(cu_ptr, number, longest, PACKED)
+    row = number * kv_heads + head
+    channels = tl.arange(0, WIDTH)
+    at = parts_ptr + row * (4 * PARTS * WIDTH) + tl.arange(0, PARTS)[:, None] * WIDTH + channels[None, :]
+    mean = tl.math.div_rn(tl.sum(tl.load(at), 0), tl.maximum(length, 1).to(tl.float32))
+    tl.store(mean_ptr + row * WIDTH + channels, mean)
+    largest = tl.max(tl.load(at + PARTS * WIDTH), 0) - mean
+    largest = tl.maximum(largest, mean - tl.min(tl.load(at + 2 * PARTS * WIDTH), 0))
+    ratio = tl.math.div_rn(_share(largest), _share(tl.max(tl.load(at + 3 * PARTS * WIDTH), 0)))
+    tl.store(gain_ptr + row * WIDTH + channels, tl.math.sqrt_rn(ratio))
+
+
 @triton.jit
 def _codes(x, top, LEVELS: tl.constexpr):
     """Integers of x where ``top`` is the largest magnitude, ties to even: the low byte after adding 1.5 * 2^23."""
@@ -98,7 +132,7 @@ def _codes(x, top, LEVELS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["longest_q", "longest_k"])
 def quantise(
-    q_ptr, k_ptr, v_ptr, mean_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, mean_ptr, gain_ptr, cu_q_ptr, cu_k_ptr,
     q8_ptr, q_scale_ptr, k8_ptr, k_scale_ptr, v8_ptr, v_scale_ptr, shift_ptr,
     factor, scale, longest_q, longest_k, padded_q, padded_k, heads, kv_heads,
     q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
@@ -122,13 +156,15 @@ def quantise(
         first, length, start = locate(cu_q_ptr, number, longest_q, PACKED)
         if block * 128 < length:
             base = _head(q_ptr, which, number, first, q_stride_b, q_stride_h, q_stride_t, PACKED)
-            mean = tl.load(mean_ptr + (number * kv_heads + which // (heads // kv_heads)) * WIDTH + channels)
+            at = (number * kv_heads + which // (heads // kv_heads)) * WIDTH + channels
+            mean = tl.load(mean_ptr + at)
+            factors = tl.load(gain_ptr + at) * factor
             for half in range(2):
                 tokens = block * 128 + half * 64 + rows
                 x = _tile(base, tokens, length, channels, real, q_stride_t, q_stride_d)
                 to_q = which.to(tl.int64) * padded_q + start + tokens
                 tl.store(shift_ptr + to_q, tl.sum(x * mean[None, :], 1) * scale)
-                x = x * factor
+                x = x * factors[None, :]
                 top_q = tl.maximum(tl.max(tl.abs(x)), SMALLEST)
                 tl.store(q8_ptr + to_q[:, None] * WIDTH + channels[None, :], _codes(x, top_q, LEVELS))
                 to_scale = q_scale_ptr + which * (padded_q // 64) + start // 64 + block * 2 + half
@@ -138,16 +174,18 @@ def quantise(
             head = which - heads
             base = _head(k_ptr, head, number, first_k, k_stride_b, k_stride_h, k_stride_t, PACKED)
             mean = tl.load(mean_ptr + (number * kv_heads + head) * WIDTH + channels)
+            gain = tl.load(gain_ptr + (number * kv_heads + head) * WIDTH + channels)
+            inverse = tl.math.div_rn(tl.zeros_like(gain) + 1.0, gain)[None, :]
             top_k = SMALLEST
             for half in range(2):
                 tokens = block * 128 + half * 64 + rows
                 x = _tile(base, tokens, length_k, channels, real, k_stride_t, k_stride_d)
-                x = tl.where((tokens < length_k)[:, None] & real, x - mean[None, :], 0.0)
+                x = tl.where((tokens < length_k)[:, None] & real, (x - mean[None, :]) * inverse, 0.0)
                 top_k = tl.maximum(tl.max(tl.abs(x)), top_k)
             for half in range(2):
                 tokens = block * 128 + half * 64 + rows
                 x = _tile(base, tokens, length_k, channels, real, k_stride_t, k_stride_d)
-                x = tl.where((tokens < length_k)[:, None] & real, x - mean[None, :], 0.0)
+                x = tl.where((tokens < length_k)[:, None] & real, (x - mean[None, :]) * inverse, 0.0)
                 to_k = head.to(tl.int64) * padded_k + start_k + tokens
                 tl.store(k8_ptr + to_k[:, None] * WIDTH + channels[None, :], _codes(x, top_k, LEVELS))
             to_scale = k_scale_ptr + head * (padded_k // 128) + start_k // 128 + block
@@ -181,20 +219,23 @@ def quantise_chunk(
     sequences.check(q, k, v)
     chunk = empty_chunk(q, k, sequences, queries=queries)
     kv_heads, width = chunk.k.shape[0], chunk.k.shape[2]
-    heads = chunk.q.shape[0] if queries else 0
-    parts = torch.empty((sequences.batch, kv_heads, PARTS, width), dtype=torch.float32, device=q.device)
+    query_heads = sequences.heads(q)
+    heads = query_heads if queries else 0
+    parts = torch.empty((sequences.batch, kv_heads, 4, PARTS, width), dtype=torch.float32, device=q.device)
     packed = sequences.is_packed
     sizes = {"HEAD_DIM": chunk.head_dim, "WIDTH": width, "PACKED": packed}
     strides = [(0, x.stride(1), x.stride(0), x.stride(2)) if packed else x.stride() for x in (q, k, v)]
-    grid = (PARTS, kv_heads, sequences.batch)
-    sum_keys[grid](k, parts, sequences.cu_k, sequences.max_k, kv_heads, *strides[1], **sizes, PARTS=PARTS, num_warps=8)
-    mean_keys[(kv_heads, sequences.batch)](
-        parts, chunk.mean, sequences.cu_k, sequences.max_k, kv_heads,
-        WIDTH=width, PARTS=PARTS, PACKED=packed, num_warps=4,
+    measure_parts[(PARTS, kv_heads, sequences.batch)](
+        q, k, parts, sequences.cu_q, sequences.cu_k, sequences.max_q, sequences.max_k, query_heads // kv_heads,
+        kv_heads, *strides[0], *strides[1], **sizes, PARTS=PARTS, num_warps=16,
+    )  # fmt: skip
+    join_parts[(kv_heads, sequences.batch)](
+        parts, chunk.mean, chunk.gain, sequences.cu_k, sequences.max_k, kv_heads,
+        WIDTH=width, PARTS=PARTS, PACKED=packed, num_warps=8,
     )  # fmt: skip
     longest = max(sequences.max_q, sequences.max_k) if queries else sequences.max_k
     quantise[(-(-longest // BLOCK), heads + 2 * kv_heads, sequences.batch)](
-        q, k, v, chunk.mean, sequences.cu_q, sequences.cu_k,
+        q, k, v, chunk.mean, chunk.gain, sequences.cu_q, sequences.cu_k,
         chunk.q, chunk.q_scale, chunk.k, chunk.k_scale, chunk.v, chunk.v_scale, chunk.shift,
         scale * LOG2E, scale, sequences.max_q, sequences.max_k, sequences.padded_q, sequences.padded_k, heads, kv_heads,
         *strides[0], *strides[1], *strides[2], **sizes, LEVELS=float(LEVELS), SMALLEST=SMALLEST,
