@@ -18,7 +18,7 @@ from turboattention.ops.append.triton_page import encode_key, encode_value, key_
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
 
 NO_ROOM: tl.constexpr = tl.constexpr(4)
-MAX_ROWS = 16  # new tokens that a program copies at once
+MAX_ROWS = 16  # new tokens that a program copies at once, where there is more than one
 
 
 def append_paged(
@@ -102,12 +102,13 @@ def _launch(
         *((0, 0) if cos is None else (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))),
         *group.table.stride(),
         S=spec, BEFORE=when == "before", SINKS=0 if sinks is None else sinks.shape[2],
-        ANGLES=0 if cos is None else cos.shape[2], ROWS=min(MAX_ROWS, triton.next_power_of_2(n)),
+        ANGLES=0 if cos is None else cos.shape[2], ROWS=1 if n == 1 else MAX_ROWS,
         num_warps=spec.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-@triton.jit
+# What changes from step to step must not compile the kernel again.
+@triton.jit(do_not_specialize=["new_tokens", "window", "table_pages", "pool_pages"])
 def append_kernel(
     key, value, cos, sin, counts, tail_key, tail_value, sink_key, sink_value, pool, table, heads,
     lengths, page_tokens, tail_rows, sink_rows, power, fault,
