@@ -60,7 +60,7 @@ def main(
     torch.backends.cuda.matmul.allow_tf32 = False
     loaded = load_model(model, dtype=getattr(torch, dtype), device=device)
     settings = Settings(tokens, window, held_out_tokens, per, probes, curve, 0, seed)  # type: ignore[arg-type]
-    fresh = not out.exists()
+    fresh = not out.exists() or not out.stat().st_size
     with out.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         if fresh:

@@ -51,6 +51,7 @@ def test_the_page_is_self_contained_with_distinct_plots() -> None:
     page = render_calibration(calibration(), "turboattention calibrate")
     assert "://" not in page
     assert page.count("<figure") == 6
+    assert "mathdefault" not in page, "numbers of an axis as mathematics, which is off"
     assert not re.search(r"#0[12]01[0-9a-f]{2}", page)
     identifiers = re.findall(r'<clipPath id="([^"]+)"', page)
     assert len(set(identifiers)) == len(identifiers)

@@ -1,10 +1,11 @@
 """Plots of a calibration as inline SVG."""
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from turboattention.calibration.result import CalibrationResult, Point
 from turboattention.report import svg
-from turboattention.report.svg import STYLE, line, new_axes, to_svg
+from turboattention.report.svg import STYLE, line, logarithmic, new_axes, to_svg
 from turboattention.report.words import printable
 
 MARKERS = {"chosen": "*", "calibrated": "o", "uniform": "s", "paper": "X", "kivi": "D", "rule": "^"}
@@ -29,10 +30,10 @@ def pareto(result: CalibrationResult) -> str:
                     printable(point.name)[:28], (point.bits_per_value, _shown(point)), xytext=(6, 4),
                     textcoords="offset points", fontsize=9,
                 )  # fmt: skip
-        axes.set_yscale("log")
+        logarithmic(axes)
         axes.set_xlabel("bits per value, every byte of the cache counted")
         axes.set_ylabel("KL, nats per token")
-        axes.margins(x=0.12)
+        axes.margins(x=0.16)
         return to_svg(figure)
 
 
@@ -42,7 +43,7 @@ def kl_by_position(points: list[Point]) -> str:
         figure, axes = new_axes()
         for number, point in enumerate(points):
             axes.plot(point.kl_by_position.x, [max(y, _FLOOR) for y in point.kl_by_position.y], **line(number))
-        axes.set_yscale("log")
+        logarithmic(axes)
         highest = max(max(point.kl_by_position.y) for point in points)
         axes.set_ylim(bottom=max(_FLOOR, highest * 1e-4))  # the first page is exact
         axes.set_xlabel("position in the text, tokens")
@@ -56,6 +57,7 @@ def depth(result: CalibrationResult) -> str:
         figure, axes = new_axes()
         axes.plot(range(len(result.depth)), result.depth, **line(0))
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_ylabel("error / hidden state")
         return to_svg(figure)
@@ -68,7 +70,8 @@ def bounds(result: CalibrationResult) -> str:
         layers = [x.layer for x in result.heads]
         axes.scatter(layers, [max(x.bound, _FLOOR) for x in result.heads], s=16, marker="^", color=svg.SERIES[1])
         axes.scatter(layers, [max(x.seen, _FLOOR) for x in result.heads], s=16, marker="o", color=svg.SERIES[0])
-        axes.set_yscale("log")
+        logarithmic(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_ylabel("error / output of the head")
         return to_svg(figure)
@@ -80,8 +83,10 @@ def layer_bits(result: CalibrationResult) -> str:
         figure, axes = new_axes()
         layers = [x.layer for x in result.layers]
         axes.step(layers, [x.key_bits for x in result.layers], where="mid", **line(0))
+        axes.margins(y=0.1)
         axes.step(layers, [x.value_bits for x in result.layers], where="mid", **line(3) | {"color": svg.SERIES[1]})
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_ylabel("bits of the codes")
         return to_svg(figure)
@@ -96,8 +101,7 @@ def probes(result: CalibrationResult) -> str:
         ends = [min(estimated + measured), max(estimated + measured)]
         axes.plot(ends, ends, color=svg.BASELINE, linewidth=1.0)
         axes.scatter(measured, estimated, s=22, color=svg.SERIES[0], zorder=3)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        logarithmic(axes, x=True)
         axes.set_xlabel("measured KL, nats per token")
         axes.set_ylabel("estimated")
         return to_svg(figure)

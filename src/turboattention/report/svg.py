@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 COLOURS = 9  # the page defines --series-0 to --series-8
 DASHES = ((), (6, 2), (2, 2))  # told apart without colour: one more dash pattern after each three colours
@@ -44,6 +44,16 @@ def new_axes(height: float = 3.0) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(6.4, height), layout="constrained")
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def logarithmic(axes: Axes, *, x: bool = False) -> None:
+    """A logarithmic y axis (and x axis) with plain numbers: mathematics in labels is off."""
+    axes.set_yscale("log")
+    if x:
+        axes.set_xscale("log")
+    for axis in (axes.yaxis, axes.xaxis)[: 1 + x]:
+        axis.set_major_formatter(PLAIN)
+        axis.set_minor_formatter(NullFormatter())
 
 
 def dashes(number: int) -> tuple[int, ...]:
