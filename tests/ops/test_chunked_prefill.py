@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import caches
 import pytest
 import torch
 from caches import normal
@@ -249,31 +250,7 @@ PREFIXES, CHUNKS = (0, 130, 64, 1), (10, 1, 0, 7)
 
 
 def paged(prefixes: tuple[int, ...], head_dim: int = 64) -> PagedCache:
-    """Sequences with prefixes of several lengths; whatever is not theirs is NaN, garbage or out of range."""
-    policy = policy_of("turbo4")
-    formats = policy.head_formats(0, 2)
-    rows, longest = len(prefixes), max(prefixes)
-    cache = PagedCache(
-        policy.cache, formats, rows=rows, max_tokens=longest + 64, head_dim=head_dim, shuffle=3, device=DEVICE
-    )
-    key, value, q = (normal(rows, heads, longest, head_dim, seed=i).to(DEVICE, torch.float16) for i, heads in
-                     ((1, 2), (2, 2), (3, 4)))  # fmt: skip
-    counts = torch.tensor(prefixes, dtype=torch.int32, device=DEVICE)
-    cache.observe(q, counts)
-    cache.append(key, value, when="after", counts=counts)
-    cache.check()
-    group, capacity = cache.groups[0], cache.tail_key.shape[2]
-    used = []
-    for row, (length, pages) in enumerate(zip(prefixes, cache.page_tokens.tolist(), strict=True)):
-        kept = torch.arange(pages, length, device=DEVICE) % capacity
-        free = torch.ones(capacity, dtype=torch.bool, device=DEVICE).index_fill(0, kept, False)
-        cache.tail_key[row, :, free] = torch.nan
-        cache.tail_value[row, :, free] = torch.nan
-        used.append(group.table[row, :, : pages // 64].flatten())
-        group.table[row, :, pages // 64 :] = 2**30
-    unused = torch.ones(len(group.pool), dtype=torch.bool, device=DEVICE)
-    group.pool[unused.index_fill(0, torch.cat(used).long(), False)] = 255
-    return cache
+    return caches.paged(policy_of("turbo4"), prefixes, head_dim=head_dim, device=DEVICE)
 
 
 def packed_chunk(head_dim: int = 64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
