@@ -119,9 +119,9 @@ class AttentionConfig:
     query_bits, probability_bits: 8 rounds Q per tile / P to INT8 as the paper does; 16 keeps them.
     chunk_bits: 8 computes the causal attention of a chunk of at least 64 new tokens over itself with both products in
         INT8, a scale for each block: the INT8 stage of FlashQ (arXiv 2412.08585) with K smoothed by its mean as in
-        SageAttention (arXiv 2410.02367) and the channels of Q and K evened out. The tokens before the chunk are read as with 16, the default; so is all of
-        attention for shorter chunks and decode. Inference alone; needs the defaults of the other fields, and neither
-        soft-capped scores nor float64 fit it.
+        SageAttention (arXiv 2410.02367) and the channels of Q and K evened out. The tokens before the chunk are read as
+        with 16, the default; so is all of attention for shorter chunks and decode. Inference alone; needs the defaults
+        of the other fields, and neither soft-capped scores nor float64 fit it.
     """
 
     softmax: SoftmaxKind = "exact"

@@ -445,8 +445,8 @@ def test_changes_of_compressed_rows(change: str):
         CHANGES[change](caches[2])
         rows = ROWS[change]
         got = model(ids[rows, :3] // 2 + 2, past_key_values=caches[2]).logits
-    # The C++ kernels cut a row into other parts in another batch and round the weights of each part to 16 bits: attention
-    # is up to 2.9e-4 off the definition, these logits up to 2.7e-4 apart. Those of the two rows differ by more than 0.5.
+    # The C++ kernels cut a row into other parts in another batch, and round the weights of each part to 16 bits:
+    # attention is up to 2.9e-4 off the definition, these logits up to 2.7e-4 apart. The two rows differ by over 0.5.
     assert (alone[0] - alone[1]).abs().amax(-1).min() > 0.5
     torch.testing.assert_close(got, torch.cat([alone[row] for row in rows]), atol=5e-4, rtol=0)
 
