@@ -93,7 +93,10 @@ def render_calibration(result: CalibrationResult, command: str) -> str:
         verdict=verdict(result),
         first_break=first_break(result),
         command=printable(command),
-        environment=rows_of(result.environment),
+        environment=[
+            *((name, f"{value:.0f} s") for name, value in result.seconds.items()),
+            *rows_of(result.environment),
+        ],
         points=[(KINDS[x.kind], cells(x)) for x in sorted(result.points, key=lambda x: x.bits_per_value)],
         tasks=[(printable(name), small(kl)) for name, kl in result.chosen.kl_by_text.items()],
         retrieval=[
@@ -105,7 +108,6 @@ def render_calibration(result: CalibrationResult, command: str) -> str:
             (printable(x.name), number % svg.COLOURS, " ".join(map(str, svg.dashes(number))))
             for number, x in enumerate(curves)
         ],
-        seconds=[(name, f"{value:.0f} s") for name, value in result.seconds.items()],
         plots={
             "pareto": Markup(plots.pareto(result)),
             "position": Markup(plots.kl_by_position(curves)),

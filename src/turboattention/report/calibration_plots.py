@@ -1,6 +1,7 @@
 """Plots of a calibration as inline SVG."""
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from turboattention.calibration.result import CalibrationResult, Point
@@ -57,8 +58,7 @@ def depth(result: CalibrationResult) -> str:
         figure, axes = new_axes()
         axes.plot(range(len(result.depth)), result.depth, **line(0))
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("layer")
+        _layer_axis(axes)
         axes.set_ylabel("error / hidden state")
         return to_svg(figure)
 
@@ -71,8 +71,7 @@ def bounds(result: CalibrationResult) -> str:
         axes.scatter(layers, [max(x.bound, _FLOOR) for x in result.heads], s=16, marker="^", color=svg.SERIES[1])
         axes.scatter(layers, [max(x.seen, _FLOOR) for x in result.heads], s=16, marker="o", color=svg.SERIES[0])
         logarithmic(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("layer")
+        _layer_axis(axes)
         axes.set_ylabel("error / output of the head")
         return to_svg(figure)
 
@@ -86,8 +85,7 @@ def layer_bits(result: CalibrationResult) -> str:
         axes.margins(y=0.1)
         axes.step(layers, [x.value_bits for x in result.layers], where="mid", **line(3) | {"color": svg.SERIES[1]})
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("layer")
+        _layer_axis(axes)
         axes.set_ylabel("bits of the codes")
         return to_svg(figure)
 
@@ -105,6 +103,11 @@ def probes(result: CalibrationResult) -> str:
         axes.set_xlabel("measured KL, nats per token")
         axes.set_ylabel("estimated")
         return to_svg(figure)
+
+
+def _layer_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
 
 
 def _shown(point: Point) -> float:

@@ -1,9 +1,8 @@
 """A ComparisonResult as one self-contained HTML page: no scripts, no requests, everything untrusted escaped."""
 
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from turboattention.evaluation.result import ComparisonResult
@@ -52,11 +51,13 @@ def render_html(result: ComparisonResult, command: str) -> str:
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A template with the style that all pages share."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    folder = files("turboattention.report").joinpath("templates")
-    style = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))
-    return environment.from_string(folder.joinpath(template).read_text(encoding="utf-8")).render(style=style, **values)
+    """A template that extends ``page.html``, with the style that all pages share."""
+    loader = PackageLoader("turboattention.report")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )  # fmt: skip
+    style = Markup(loader.get_source(environment, "page.css")[0])
+    return environment.get_template(template).render(style=style, **values)
 
 
 def rows_of(environment: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
