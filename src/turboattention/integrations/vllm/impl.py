@@ -125,11 +125,15 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
             view, tail_key=view.tail_key[numbers.rows], tail_value=view.tail_value[numbers.rows], tail_rows=None
         )  # fmt: skip
 
-    def _append_tokens(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, numbers: Lengths) -> None:
-        """One token of each sequence."""
+    def _observe(self, query: Tensor, numbers: Lengths) -> None:
+        """Add one query of each sequence to its statistics."""
         if self.pages.power is not None:
             squares = query.float().square().unflatten(1, (self.num_kv_heads, -1)).sum(2)
             self.pages.power.index_add_(0, numbers.rows, squares)
+
+    def _append_tokens(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, numbers: Lengths) -> None:
+        """One token of each sequence."""
+        self._observe(query, numbers)
         self._append(
             self.pages.view(kv_cache, numbers, after=False), key.unsqueeze(2), value.unsqueeze(2), when="after",
             fault=numbers.fault, counts=numbers.counts, query_power=self.pages.power,
@@ -149,9 +153,7 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
         numbers, part = meta.decoding, slice(0, meta.decode_tokens)
         queries = drafts.rows(query[part], drafts.right)
         if self.pages.power is not None:
-            first = drafts.rows(query[part], drafts.left)[:, :, 0]
-            squares = first.float().square().unflatten(1, (self.num_kv_heads, -1)).sum(2)
-            self.pages.power.index_add_(0, numbers.rows, squares)
+            self._observe(drafts.rows(query[part], drafts.left)[:, :, 0], numbers)
         append_drafts(
             self._append, self.pages.view(kv_cache, numbers, after=False),
             (drafts.rows(key[part], drafts.left), drafts.rows(value[part], drafts.left)), after=numbers.after,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turboattention.errors import invalid
 from turboattention.ops.common.paged_kv import PagedKV, sequence
-from turboattention.ops.dispatch import without_portable, without_triton
+from turboattention.ops.dispatch import say_slower, without_portable, without_triton
 from turboattention.ops.prefill.reference import expand_cache
 
 
@@ -26,7 +26,7 @@ def expand_with_chunk(
     prefix: the cache before the chunks; its lengths may be 0. key, value: ``[tokens, kv_heads, head_dim]``, the chunks
     one after the other. cu_q: int32 ``[batch + 1]``, where each begins and ends.
     total, longest: of the tokens of all sequences with their chunks, and of the longest; bounds that the host knows.
-    implementation: ``triton`` or ``reference``; None takes the first that fits.
+    implementation: ``triton`` or ``reference``; None takes the first that fits, on a GPU with a warning for the latter.
 
     Returns keys and values ``[total, kv_heads, head_dim]`` in the dtype of ``key`` and int32 ``cu_k`` ``[batch + 1]``;
     beyond its end they hold anything. Raises InvalidInputError for shapes that do not fit.
@@ -40,8 +40,12 @@ def expand_with_chunk(
     cu_k = torch.zeros_like(cu_q)
     torch.cumsum(prefix.lengths + cu_q.diff(), 0, dtype=torch.int32, out=cu_k[1:])
     keys, values = (torch.empty(total, heads, dim, dtype=key.dtype, device=key.device) for _ in range(2))
-    fits = without_triton(key.device) is None and not any(without_portable(g.layout) for g in prefix.groups)
-    if implementation == "triton" or (implementation is None and fits):
+    missing = without_triton(key.device) or next(
+        filter(None, (without_portable(g.layout) for g in prefix.groups)), None
+    )
+    if implementation is None and missing and key.is_cuda:
+        say_slower(missing)
+    if implementation == "triton" or (implementation is None and not missing):
         from turboattention.ops.prefill.expand_triton import expand_into  # needs Triton
 
         expand_into(prefix, key, value, cu_q, cu_k, longest, keys, values)
