@@ -1,0 +1,103 @@
+"""One answer of one side: a line of the raw file, and what every side can do."""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol
+
+from turboattention.errors import InvalidInputError, invalid
+from turboattention.serving.prompts import Request
+from turboattention.serving.secrets import Secret, hide
+
+SIDES: tuple["SideName", "SideName"] = ("baseline", "candidate")
+SideName = Literal["baseline", "candidate"]
+# unreachable: no connection; http: a status other than 200, or an error in the stream; timeout; cut: the stream ended
+# early; protocol: not what the API says; refused: the local model cannot take the request.
+ErrorKind = Literal["unreachable", "http", "timeout", "cut", "protocol", "refused"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no whole answer."""
+
+    kind: ErrorKind
+    message: str
+    status: int | None = None  # HTTP
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Seconds count from the moment the request was sent.
+
+    text: the answer, or what had come before the error.
+    reasoning: what a reasoning model wrote before it, where the server keeps it apart.
+    tokens, logprobs: the written tokens as texts and their natural log-probabilities, both or neither.
+    prompt_tokens, completion_tokens: as the server counted; without its count, tokens of ``logprobs`` or pieces of the
+        stream (``counted`` says which).
+    times_s: arrival of each piece of the stream that held text.
+    """
+
+    id: str
+    side: SideName
+    text: str
+    started_at: float  # Unix time, s
+    total_s: float
+    times_s: list[float]
+    completion_tokens: int = 0
+    counted: Literal["usage", "logprobs", "pieces"] = "pieces"
+    prompt_tokens: int | None = None
+    finish: str | None = None
+    reasoning: str = ""
+    tokens: list[str] | None = None
+    logprobs: list[float] | None = None
+    error: Failure | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to the first piece with text."""
+        return self.times_s[0] if self.times_s else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per token after the first; None for answers of one token."""
+        if len(self.times_s) < 2 or self.completion_tokens < 2:
+            return None
+        return (self.times_s[-1] - self.times_s[0]) / (self.completion_tokens - 1)
+
+    def to_dict(self, secrets: tuple[Secret, ...] = ()) -> dict[str, Any]:
+        """JSON-ready and without keys; tokens go where hiding changed the text, which they would spell."""
+        data: dict[str, Any] = hide(asdict(self), secrets)
+        if data["text"] != self.text:
+            data["tokens"] = data["logprobs"] = None
+        return {"id": self.id, "side": self.side, **data}
+
+    @staticmethod
+    def from_dict(data: Any) -> "Answer":
+        """Raises for anything that `to_dict` does not write."""
+        try:
+            error = data.pop("error", None)
+            answer = replace(Answer(**data), error=Failure(**error) if error else None)
+            good = answer.side in SIDES and isinstance(answer.id, str) and isinstance(answer.text, str)
+            good = good and math.isfinite(answer.total_s + answer.started_at + sum(answer.times_s))
+        except (AttributeError, TypeError) as mistake:
+            raise InvalidInputError(f"answer: {mistake}") from mistake
+        if not good:
+            raise invalid("answer", "texts for id and text, a side, finite times", repr(data)[:80])
+        return answer
+
+
+class Side(Protocol):
+    """One of the two that are compared."""
+
+    name: SideName
+
+    def describe(self) -> dict[str, str]:
+        """What must not change when a run goes on: kind, address or policy, model; never a key."""
+
+    async def prepare(self, warm_up: list[Request]) -> list[str]:
+        """Check and warm up; returns remarks for the report, raises TurboAttentionError when it cannot work."""
+
+    async def ask(self, request: Request) -> Answer:
+        """Errors of the side are in the answer."""
+
+    async def close(self) -> None:
+        """Let go of connections."""

@@ -1,0 +1,132 @@
+"""A preset or policy on a model in this process as one side, measured token by token."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from turboattention.errors import TurboAttentionError, invalid
+from turboattention.evaluation.caches import attention_of, make_cache
+from turboattention.evaluation.stream import policy_name
+from turboattention.integrations.models import LoadedModel, quiet
+from turboattention.serving.answer import Answer, Failure, SideName
+from turboattention.serving.prompts import Request
+
+if TYPE_CHECKING:
+    from turboattention.policy import Policy
+
+ORDINARY = "16-bit"
+
+
+@dataclass
+class LocalModel:
+    """Both local sides share the weights, so only one of them computes at a time."""
+
+    loaded: LoadedModel
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass
+class LocalSide:
+    """policy: None for the model's own attention and a 16-bit cache."""
+
+    name: SideName
+    shared: LocalModel
+    policy: "str | Policy | None"
+    stopped: Event = field(default_factory=Event)
+
+    def describe(self) -> dict[str, str]:
+        policy = ORDINARY if self.policy is None else policy_name(self.policy)
+        return {"kind": "local", "policy": policy, "model": self.shared.loaded.name}
+
+    async def prepare(self, warm_up: list[Request]) -> list[str]:
+        for request in warm_up:
+            answer = await self.ask(request)
+            if answer.error is not None:
+                raise invalid(f"--{self.name}", "an answer to the warm-up request", answer.error.message)
+        return []
+
+    async def ask(self, request: Request) -> Answer:
+        async with self.shared.busy:
+            try:
+                return await asyncio.to_thread(self._answer, request)
+            except asyncio.CancelledError:
+                self.stopped.set()  # the thread looks at it after each token
+                raise
+
+    async def close(self) -> None:
+        self.stopped.set()
+
+    def _answer(self, request: Request) -> Answer:
+        started_at, start = time.time(), time.perf_counter()
+        try:
+            prompt = _encode(self.shared.loaded, request)
+            ids, logprobs, times = self._generate(prompt, request.max_tokens, start)
+        except TurboAttentionError as error:
+            failure = Failure("refused", str(error))
+            return Answer(request.id, self.name, "", started_at, time.perf_counter() - start, [], error=failure)
+        tokenizer = self.shared.loaded.tokenizer
+        ended = bool(ids) and ids[-1] in _ends(self.shared.loaded.model)
+        written = ids[:-1] if ended else ids
+        return Answer(
+            id=request.id,
+            side=self.name,
+            text=str(tokenizer.decode(written, skip_special_tokens=True)),
+            started_at=started_at,
+            total_s=time.perf_counter() - start,
+            times_s=times,
+            completion_tokens=len(ids),
+            counted="usage",
+            prompt_tokens=prompt.shape[1],
+            finish="stop" if ended else "length",
+            tokens=[str(tokenizer.decode([token])) for token in written],
+            logprobs=logprobs[: len(written)],
+        )
+
+    @torch.inference_mode()
+    def _generate(
+        self, prompt: torch.Tensor, max_tokens: int, start: float
+    ) -> tuple[list[int], list[float], list[float]]:
+        """Greedy tokens, the end included, with their log-probabilities and times in s after ``start``."""
+        model: Any = self.shared.loaded.model
+        cache, ends = make_cache(model, self.policy), _ends(model)
+        ids: list[int] = []
+        logprobs: list[float] = []
+        times: list[float] = []
+        tokens = prompt.to(model.device)
+        with quiet(), attention_of(model, self.policy):
+            while len(ids) < max_tokens and not self.stopped.is_set():
+                logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                tokens = logits.argmax(-1, keepdim=True)
+                ids.append(int(tokens))
+                logprobs.append(float(logits.float().log_softmax(-1)[0, ids[-1]]))
+                times.append(time.perf_counter() - start)
+                if ids[-1] in ends:
+                    break
+        return ids, logprobs, times
+
+
+def _ends(model: Any) -> set[int]:
+    found = model.generation_config.eos_token_id
+    return set(found) if isinstance(found, list) else {found} - {None}
+
+
+def _encode(loaded: LoadedModel, request: Request) -> torch.Tensor:
+    """Token numbers, int64 ``[1, tokens]``; messages go through the model's chat template."""
+    tokenizer: Any = loaded.tokenizer
+    if request.messages and not tokenizer.chat_template:
+        raise invalid("messages", "a model with a chat template", loaded.name)
+    # A chat template writes the special tokens itself.
+    text = (
+        tokenizer.apply_chat_template(request.chat(), tokenize=False, add_generation_prompt=True)
+        if request.messages
+        else request.prompt
+    )
+    ids: torch.Tensor = tokenizer(text, add_special_tokens=not request.messages, return_tensors="pt")["input_ids"]
+    most = loaded.context_length - request.max_tokens
+    if not 1 <= ids.shape[1] <= most:
+        raise invalid("prompt", f"1 to {most} tokens (the model's context without the answer)", ids.shape[1])
+    return ids
