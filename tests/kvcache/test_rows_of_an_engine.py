@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from turboattention.config import get_preset
+from turboattention.errors import InvalidInputError
 from turboattention.kvcache.paged import PagedCache
 from turboattention.ops.append import advance, cpu, paged, triton_paged
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV, sequence
@@ -43,9 +44,9 @@ class Engine:
         group = PagedGroup(self.layout, tuple(range(HEADS)), self.pool, self.table.to(torch.int32).contiguous())
         return PagedKV((group,), self.lengths, self.paged, *self.tails, *sinks, self.rows, self.first)
 
-    def append(self, name: str, key: Tensor, value: Tensor, when: str) -> None:
+    def append(self, name: str, key: Tensor, value: Tensor, when: str, queries: Tensor | None = None) -> None:
         fault = torch.zeros(BATCH, dtype=torch.int32)
-        APPENDS[name](self.view(), key, value, when=when, fault=fault, query_power=self.power)
+        APPENDS[name](self.view(), key, value, when=when, fault=fault, query_power=self.power, queries=queries)
         assert not fault.any()
         self.lengths, self.paged = advance(self.lengths, self.paged, key.shape[2], when=when, page_size=64)
 
@@ -56,12 +57,32 @@ def filled(name: str) -> tuple[PagedCache, Engine]:
     engine = Engine()
     generator = torch.Generator().manual_seed(0)
     for when, tokens in STEPS:
-        key, value, q = (torch.randn(BATCH, HEADS, tokens, DIM, generator=generator) for _ in range(3))
+        key, value = (torch.randn(BATCH, HEADS, tokens, DIM, generator=generator) for _ in range(2))
+        q = torch.randn(BATCH, 3 * HEADS, tokens, DIM, generator=generator)
         own.observe(q)
-        engine.power[engine.rows] = own.query_power
+        if tokens > 1:
+            engine.power[engine.rows] = own.query_power
         own.append(key, value, when=when)
-        engine.append(name, key, value, when)
+        engine.append(name, key, value, when, q[:, :, 0] if tokens == 1 else None)
+        torch.testing.assert_close(engine.power[engine.rows], own.query_power, rtol=1e-6, atol=0)
+    assert not engine.power[[1, 2, 4, 6]].any()
     return own, engine
+
+
+@pytest.mark.parametrize("name", APPENDS)
+def test_statistics_of_a_step_count_real_tokens_only(name: str):
+    engine = Engine()
+    key, q = torch.randn(BATCH, HEADS, 1, DIM), torch.randn(BATCH, 2 * HEADS, DIM, dtype=torch.float16)
+    q[1] = torch.nan
+    counts, fault = torch.tensor([1, 0, 1], dtype=torch.int32), torch.zeros(BATCH, dtype=torch.int32)
+    APPENDS[name](
+        engine.view(), key, key, when="after", fault=fault, counts=counts, query_power=engine.power, queries=q
+    )  # fmt: skip
+    expected = q.float().square().unflatten(1, (HEADS, 2)).sum(2)
+    assert torch.equal(engine.power[engine.rows[[0, 2]].long()], expected[[0, 2]])
+    assert not engine.power[[0, 1, 2, 4, 6]].any()
+    with pytest.raises(InvalidInputError, match="queries: expected"):
+        APPENDS[name](engine.view(), key, key, when="after", fault=fault, query_power=engine.power, queries=q[:, :3])
 
 
 @pytest.mark.parametrize("name", APPENDS)

@@ -62,9 +62,13 @@ def append(preset: str, head_dim: int, *, rope: bool = False, before: bool = Tru
     constants |= {"ANGLES": head_dim // 2 if rope else 0, "ROWS": 1 if before else 16}
     optional = {"cos": rope, "sin": rope, "power": bool(spec.refined), "counts": not before, "heads": not before}
     optional |= dict.fromkeys(("tail_rows", "sink_rows"), not before)
+    observed = before and bool(spec.refined)
+    optional["queries"] = observed
+    constants |= {"RATIO": 4 if observed else 0, "query_b": 1 << 12, "query_h": head_dim, "query_d": 1}
+    kinds = {"cos": "*fp32", "sin": "*fp32", "power": "*fp32", "queries": "*bf16"}
     for name, given in optional.items():
         if given:
-            types[name] = "*fp32" if name in ("cos", "sin", "power") else "*i32"
+            types[name] = kinds.get(name, "*i32")
         else:
             constants[name] = None
     return Variant(

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from turboattention.integrations.vllm.settings import PAGE_TOKENS
+from turboattention.integrations.vllm.transfer import to_device
 from turboattention.ops.common.paged_kv import PagedKV
 
 
@@ -48,8 +48,8 @@ class Drafts:
         right = starts[:, None] + np.maximum(place - (width - counts)[:, None], 0)
         row = np.repeat(np.arange(len(counts)), counts)
         packed = row * width + (width - counts[row]) + (np.arange(tokens) - starts[row])
-        index = [torch.from_numpy(np.minimum(x, tokens - 1)) for x in (left, right)] + [torch.from_numpy(packed)]
-        return cls(width, none, *(x.to(none.device, non_blocking=True) for x in index))
+        index = [np.minimum(x, tokens - 1) for x in (left, right)] + [packed]
+        return cls(width, none, *(to_device(x, none.device) for x in index))
 
     def rows(self, x: Tensor, index: Tensor | None) -> Tensor:
         """``[tokens, heads, head_dim]`` as ``[sequences, heads, width, head_dim]``; index: left or right."""

@@ -22,6 +22,7 @@ from turboattention.integrations.vllm.settings import (
     resolve_policy,
 )
 from turboattention.ops.append import paged_append_for
+from turboattention.ops.append.paged import add_step_queries
 from turboattention.ops.prefill.over_cache import over_cache
 from turboattention.policy import ModelShape
 
@@ -104,8 +105,7 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
         elif count:
             self._append_tokens(query[:count], key[:count], value[:count], kv_cache, meta.decoding)
             view = self.pages.view(kv_cache, meta.decoding, after=True)
-            found = over_cache(query[:count].unsqueeze(2), view, scale=self.scale)
-            output[:count].copy_(found.out.squeeze(2))
+            over_cache(query[:count].unsqueeze(2), view, scale=self.scale, out=output[:count].unsqueeze(2))
         if meta.prefilling is not None:
             first, last = meta.first_token, meta.chunk_starts[-1]
             part = slice(first, last)
@@ -125,18 +125,11 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
             view, tail_key=view.tail_key[numbers.rows], tail_value=view.tail_value[numbers.rows], tail_rows=None
         )  # fmt: skip
 
-    def _observe(self, query: Tensor, numbers: Lengths) -> None:
-        """Add one query of each sequence to its statistics."""
-        if self.pages.power is not None:
-            squares = query.float().square().unflatten(1, (self.num_kv_heads, -1)).sum(2)
-            self.pages.power.index_add_(0, numbers.rows, squares)
-
     def _append_tokens(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, numbers: Lengths) -> None:
         """One token of each sequence."""
-        self._observe(query, numbers)
         self._append(
             self.pages.view(kv_cache, numbers, after=False), key.unsqueeze(2), value.unsqueeze(2), when="after",
-            fault=numbers.fault, counts=numbers.counts, query_power=self.pages.power,
+            fault=numbers.fault, counts=numbers.counts, query_power=self.pages.power, queries=query,
         )  # fmt: skip
 
     def _decode_drafts(
@@ -153,7 +146,9 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
         numbers, part = meta.decoding, slice(0, meta.decode_tokens)
         queries = drafts.rows(query[part], drafts.right)
         if self.pages.power is not None:
-            self._observe(drafts.rows(query[part], drafts.left)[:, :, 0], numbers)
+            add_step_queries(
+                self.pages.power, drafts.rows(query[part], drafts.left)[:, :, 0], numbers.rows, numbers.counts
+            )
         append_drafts(
             self._append, self.pages.view(kv_cache, numbers, after=False),
             (drafts.rows(key[part], drafts.left), drafts.rows(value[part], drafts.left)), after=numbers.after,

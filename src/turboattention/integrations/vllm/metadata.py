@@ -1,5 +1,6 @@
 """What a step of the engine is, in the terms of the operators; made once for all layers, outside of CUDA graphs."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ from turboattention.errors import UnsupportedError
 from turboattention.integrations.vllm.drafts import Drafts
 from turboattention.integrations.vllm.faults import FaultWatch
 from turboattention.integrations.vllm.metrics import metrics
-from turboattention.integrations.vllm.report import say
+from turboattention.integrations.vllm.report import log, say
 from turboattention.integrations.vllm.rows import RowMap
 from turboattention.integrations.vllm.settings import PAGE_TOKENS
+from turboattention.integrations.vllm.transfer import to_device
 
 OLD_RUNNER_SPARE = 4  # rows for each sequence of the older runner, whose rows are found again by their blocks
 
@@ -171,7 +173,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
             if common.req_idx is not None:
                 known = common.req_idx[:count]
                 index[: len(known)] = known
-            rows.copy_(torch.from_numpy(index), non_blocking=True)
+            rows.copy_(to_device(index, rows.device))
         else:
             copies = self._rows_by_blocks(rows, before.tolist(), after.tolist(), table, new)
         return Lengths(before, after, paged_before, paged_after, counts, rows, sinks, pages, fault), copies
@@ -202,6 +204,8 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
                 if self._rank == "0":
                     say(report)
                 metrics().started(report, self._rank)
+            if self.device.type == "cuda":
+                self._warm_up(int(common.block_table_tensor.shape[1]))
         if self._map is None and common.req_idx is None:
             self._invented = True
             return
@@ -209,6 +213,18 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
             self._faults.forget()
             self._invented = False
         self._faults.look()
+
+    def _warm_up(self, blocks: int) -> None:
+        from turboattention.integrations.vllm.layers import compressed_layers
+        from turboattention.integrations.vllm.warmup import warm_up
+
+        began = time.perf_counter()
+        formats = warm_up(
+            compressed_layers(self.vllm_config, self.layer_names).values(), sequences=self._numbers.shape[1],
+            blocks=blocks, spare_row=self.spare_row, width=self._widest,
+        )  # fmt: skip
+        if self._rank == "0":
+            log.info("TurboAttention: kernels of %d formats ready in %.1f s", formats, time.perf_counter() - began)
 
     def _count_fault(self, kind: str, sequences: int) -> None:
         metrics().faults.labels(self._rank, kind).inc(sequences)
@@ -244,8 +260,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
                 row, end = int(req_idx[i]), int(ends[i])
                 keep[i - first] = self._ends.get(row) == end - int(new[i])
                 self._ends[row] = end
-        fresh: Tensor = torch.from_numpy(keep).to(self.device, non_blocking=True)[:, None, None]
-        return fresh
+        return to_device(keep, self.device)[:, None, None]
 
 
 def has_stable_rows(vllm_config: Any) -> bool:

@@ -57,6 +57,7 @@ def append_paged(
     counts: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     query_power: Tensor | None = None,
+    queries: Tensor | None = None,
     isa: int | None = None,
 ) -> None:
     """`paged.append_paged` on the CPU: contract and arguments as there; isa: see `ops.decode.cpu.attend`.
@@ -67,13 +68,17 @@ def append_paged(
     stored = kv.tail_key.dtype
     if stored not in structs.DTYPES or any(supports(group.layout) for group in kv.groups):
         paged.append_paged(
-            kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power
-        )
+            kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power,
+            queries=queries,
+        )  # fmt: skip
         return
     paged.check_step(
-        kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power
-    )
+        kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power,
+        queries=queries,
+    )  # fmt: skip
     _check_memory(kv)
+    if queries is not None and query_power is not None:
+        paged.add_step_queries(query_power, queries, kv.tail_rows, counts)
     if kv.tail_rows is not None or kv.sink_rows is not None:
         # The kernel knows one row for each sequence; the copies are small beside the rest on a CPU.
         with appending_to_own_rows(kv, query_power) as (own, power):

@@ -39,6 +39,7 @@ def append_paged(
     counts: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     query_power: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> None:
     """Append the new tokens of each sequence: full pages into the pools, the others into the tail.
 
@@ -52,8 +53,15 @@ def append_paged(
     rope: cos and sin ``[batch or 1, n, head_dim / 2 or head_dim]`` when ``key`` is before RoPE; the halves of a head
         are rotated against each other, in float32.
     query_power: float32 ``[rows of the tail, kv_heads, head_dim]``, see `encode_pages`.
+    queries: ``[batch, heads, head_dim]`` of a step of one new token, whose squares are first added to query_power where
+        the token is real.
     """
-    check_step(kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power)
+    check_step(
+        kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power,
+        queries=queries,
+    )  # fmt: skip
+    if queries is not None and query_power is not None:
+        add_step_queries(query_power, queries, kv.tail_rows, counts)
     if kv.tail_rows is not None or kv.sink_rows is not None:
         with appending_to_own_rows(kv, query_power) as (own, power):
             append_paged(
@@ -115,6 +123,14 @@ def _store_page(
     return 0
 
 
+def add_step_queries(power: Tensor, queries: Tensor, rows: Tensor | None, counts: Tensor | None) -> None:
+    """Add one query of each sequence to its statistics; arguments as `append_paged`, rows those of the tail."""
+    squares = queries.float().square().unflatten(1, (power.shape[1], -1)).sum(2)
+    if counts is not None:
+        squares = torch.where((counts > 0)[:, None, None], squares, 0.0)
+    power.index_add_(0, torch.arange(len(power), device=power.device) if rows is None else rows, squares)
+
+
 def rotate_positions(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE over the halves of a head, float32 ``[batch, heads, n, head_dim]``; cos and sin as in `append_paged`."""
     x, half = key.float(), key.shape[-1] // 2
@@ -156,6 +172,7 @@ def check_step(
     counts: Tensor | None,
     rope: tuple[Tensor, Tensor] | None,
     query_power: Tensor | None,
+    queries: Tensor | None = None,
 ) -> None:
     """Raise InvalidInputError for shapes and dtypes that do not fit; reads nothing from the device."""
     check_choice("when", when, ("before", "after"))
@@ -184,6 +201,11 @@ def check_step(
     ):
         if x is not None and (x.shape != shape or x.dtype != dtype or not x.is_contiguous()):
             raise invalid(name, f"contiguous {dtype} {list(shape)}", f"{x.dtype} {tuple(x.shape)}")
+    if queries is not None and (
+        n != 1 or queries.dim() != 3 or len(queries) != batch or queries.shape[1] % heads or queries.shape[2] != dim
+    ):
+        expected = f"[{batch}, a multiple of {heads}, {dim}] for steps of 1 token"
+        raise invalid("queries", expected, f"shape {tuple(queries.shape)} and {n} tokens")
     if rope is not None:
         cos, sin = rope
         fits = cos.dim() == 3 and cos.shape[0] in (1, batch) and cos.shape[1] == n and cos.shape[2] in (dim, dim // 2)

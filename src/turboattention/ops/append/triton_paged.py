@@ -32,6 +32,7 @@ def append_paged(
     counts: Tensor | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
     query_power: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> None:
     """Append the new tokens of each sequence; contract and arguments as `paged.append_paged`.
 
@@ -39,13 +40,16 @@ def append_paged(
     graph stays right as the sequences grow. Run once before capturing: the first call compiles. The pages of a row with
     a fault hold anything. Raises UnsupportedError for layouts that `supports` refuses.
     """
-    check_step(kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power)
+    check_step(
+        kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power,
+        queries=queries,
+    )  # fmt: skip
     _check_strides(kv, key, value, rope)
     for group in kv.groups:
         if reason := supports(group.layout):
             raise UnsupportedError(reason)
     for group in kv.groups:
-        _launch(group, kv, key, value, when, fault, window, counts, rope, query_power)
+        _launch(group, kv, key, value, when, fault, window, counts, rope, query_power, queries)
 
 
 def _check_strides(kv: PagedKV, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
@@ -84,25 +88,29 @@ def _launch(
     counts: Tensor | None,
     rope: tuple[Tensor, Tensor] | None,
     query_power: Tensor | None,
+    queries: Tensor | None,
 ) -> None:
     batch, kv_heads, n, _ = key.shape
     spec = page_spec(group.layout)
     every = group.heads == tuple(range(kv_heads))
     sinks = kv.sink_key
     cos, sin = rope or (None, None)
+    power = query_power if spec.refined else None
+    observed = queries if power is not None else None
     chunk_pages = 0 if when == "before" else n // spec.page_size
     append_kernel[(1 + chunk_pages, len(group.heads), batch)](
         key, value, cos, sin, counts, kv.tail_key, kv.tail_value, sinks, kv.sink_value, group.pool, group.table,
         None if every else _head_numbers(group.heads, key.device),
         kv.lengths, kv.page_tokens, kv.tail_rows, kv.sink_rows if sinks is not None else None,
-        query_power if spec.refined else None, fault,
+        power, observed, fault,
         n, window, kv.tail_key.shape[2], kv_heads, group.table.shape[2], group.pool.shape[0],
         *key.stride(), *value.stride(), *kv.tail_key.stride()[:3],
         *((0, 0, 0) if sinks is None else sinks.stride()[:3]),
         *((0, 0) if cos is None else (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))),
-        *group.table.stride(),
+        *group.table.stride(), *((0, 0, 0) if observed is None else observed.stride()),
         S=spec, BEFORE=when == "before", SINKS=0 if sinks is None else sinks.shape[2],
         ANGLES=0 if cos is None else cos.shape[2], ROWS=1 if n == 1 else MAX_ROWS,
+        RATIO=0 if observed is None else observed.shape[1] // kv_heads,
         num_warps=spec.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -111,16 +119,18 @@ def _launch(
 @triton.jit(do_not_specialize=["new_tokens", "window", "table_pages", "pool_pages"])
 def append_kernel(
     key, value, cos, sin, counts, tail_key, tail_value, sink_key, sink_value, pool, table, heads,
-    lengths, page_tokens, tail_rows, sink_rows, power, fault,
+    lengths, page_tokens, tail_rows, sink_rows, power, queries, fault,
     new_tokens, window, capacity, kv_heads, table_pages, pool_pages,
     key_b, key_h, key_t, key_d, value_b, value_h, value_t, value_d, tail_b, tail_h, tail_t,
-    sink_b, sink_h, sink_t, angle_b, angle_t, table_b, table_h, table_p,
+    sink_b, sink_h, sink_t, angle_b, angle_t, table_b, table_h, table_p, query_b, query_h, query_d,
     S: tl.constexpr, BEFORE: tl.constexpr, SINKS: tl.constexpr, ANGLES: tl.constexpr, ROWS: tl.constexpr,
+    RATIO: tl.constexpr,
 ):  # fmt: skip
     """Programs ``(part, head of the group, row)``.
 
     Part 0 encodes the pages that hold tokens of the tail and only then overwrites the tail; part i > 0 encodes the i-th
-    page that lies wholly in the new tokens, straight from them.
+    page that lies wholly in the new tokens, straight from them. RATIO: queries of a KV head that part 0 adds to
+    ``power`` where the step has one token, 0 for none.
     """
     part = tl.program_id(0)
     place = tl.program_id(1).to(tl.int64)
@@ -148,6 +158,10 @@ def append_kernel(
     value += row * value_b + head * value_h
     tail_key += tail_row * tail_b + head * tail_h
     tail_value += tail_row * tail_b + head * tail_h
+    if power is not None:
+        power += (tail_row * kv_heads + head) * S.head_dim
+    if RATIO > 0:
+        queries += row * query_b + head * RATIO * query_h
     if ANGLES > 0:
         cos += row * angle_b
         sin += row * angle_b
@@ -171,7 +185,9 @@ def append_kernel(
                 x = tl.where((token < length)[:, None], x, new)
             weight = 1.0
             if power is not None:
-                weight = tl.load(power + (tail_row * kv_heads + head) * S.head_dim + channel, live, 0.0)
+                weight = tl.load(power + channel, live, 0.0)
+            if RATIO > 0:
+                weight += _squares(queries, channel, live & (end > length), query_h, query_d, RATIO)
             seen |= encode_key(x, token >= SINKS, weight, page, S)
             token = index * SIZE + stored_tokens(S)
             channel = tl.arange(0, S.value_width)
@@ -190,6 +206,9 @@ def append_kernel(
         tl.debug_barrier()
         channel = tl.arange(0, S.value_width)
         live = channel < S.head_dim
+        if RATIO > 0:
+            squares = _squares(queries, channel, live & (end > length), query_h, query_d, RATIO)
+            tl.store(power + channel, tl.load(power + channel, live, 0.0) + squares, live)
         first = tl.maximum(length, tl.maximum(paged, limit // SIZE * SIZE))
         while first < end:
             token = first + tl.arange(0, ROWS)
@@ -212,6 +231,16 @@ def append_kernel(
                 first += ROWS
     if seen != 0:
         tl.atomic_or(fault + row, seen)
+
+
+@triton.jit
+def _squares(queries, channel, live, query_h, query_d, RATIO: tl.constexpr):
+    """Squares of the channels of RATIO query heads, added in the order of the heads."""
+    total = tl.zeros(channel.shape, tl.float32)
+    for i in tl.static_range(RATIO):
+        x = tl.load(queries + i * query_h + channel * query_d, live, 0.0).to(tl.float32)
+        total += x * x
+    return total
 
 
 @triton.jit

@@ -80,14 +80,16 @@ class Request:
 
 
 def attend(
-    q: Tensor, view: KernelView, request: Request, *, gluon: bool, how: str, blocks: int | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, view: KernelView, request: Request, *, gluon: bool, how: str, blocks: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of ``q`` ``[batch, heads, queries, head_dim]`` (the newest tokens) over ``view``.
 
     gluon: the Gluon kernel (one query); how: see `tiles.PortableTile`. blocks: programs of a launch, None: eight for
-    each multiprocessor. Returns out like q and lse float32 ``[batch, heads, queries]``.
+    each multiprocessor. out: like q, written instead of a new tensor.
+    Returns out like q and lse float32 ``[batch, heads, queries]``.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if q.stride(-1) != 1:
         q = q.contiguous()

@@ -23,11 +23,13 @@ def over_cache(
     config: AttentionConfig = PLAIN,
     implementation: Implementation | None = None,
     programs: int | None = None,
+    out: Tensor | None = None,
 ) -> AttentionOutput:
     """`prefill_attention` by a kernel where one fits, else by the definition; the caller has checked the shapes.
 
     q: ``[batch, heads, queries, head_dim]``; a sequence of ``kv`` may be empty when not causal. The other arguments as
-    `prefill_attention` and `cached_attention`; programs: see `paged_decode`.
+    `prefill_attention` and `cached_attention`; programs: see `paged_decode`. out: like q, any strides but that of the
+    channels, written and returned instead of a new tensor.
     """
     layouts = tuple(group.layout for group in kv.groups)
     chosen, reason = choose(layouts, q.device, q.dtype, queries=q.shape[2], config=config, wanted=implementation)
@@ -39,29 +41,36 @@ def over_cache(
         if q.is_cuda and layouts and implementation is None:
             say_slower(reason)
         rows = [(q, kv)] if isinstance(kv, CachedKV) else [(q[i : i + 1], sequence(kv, i)) for i in range(len(q))]
-        return _joined(
+        found = _joined(
             [
                 prefill_attention(x, row, scale=scale, causal=causal, softcap=softcap, window=window, config=config)
                 for x, row in rows
             ],
             0,
         )
+        return _into(out, found)
     if chosen == "cpu":
         from turboattention.ops.decode import cpu  # here, because its package imports this module
 
-        return cpu.attend(q, kv, scale=scale, causal=causal, softcap=softcap, window=window)
+        return _into(out, cpu.attend(q, kv, scale=scale, causal=causal, softcap=softcap, window=window))
     from turboattention.ops.decode.launch import QUERY_BLOCK, KernelView, Request, attend  # needs Triton
 
     view = KernelView.of_cached(kv) if isinstance(kv, CachedKV) else KernelView.of_paged(kv)
     request = Request(scale, causal, softcap, window)
+    how = code_path(q.device)
+    if window is None or causal:
+        return AttentionOutput(*attend(q, view, request, gluon=chosen == "gluon", how=how, blocks=programs, out=out))
     parts, left = [], q.shape[2]
     # Without causal all queries of a launch read the whole cache, and its window counts back from the last of them.
-    for part in [q] if window is None or causal else q.split(QUERY_BLOCK, 2):
+    for part in q.split(QUERY_BLOCK, 2):
         left -= part.shape[2]
-        of_part = request if window is None or causal else replace(request, window=window + left)
-        out, lse = attend(part, view, of_part, gluon=chosen == "gluon", how=code_path(q.device), blocks=programs)
-        parts.append(AttentionOutput(out, lse))
-    return _joined(parts, 2)
+        of_part = replace(request, window=window + left)
+        parts.append(AttentionOutput(*attend(part, view, of_part, gluon=chosen == "gluon", how=how, blocks=programs)))
+    return _into(out, _joined(parts, 2))
+
+
+def _into(out: Tensor | None, found: AttentionOutput) -> AttentionOutput:
+    return found if out is None else AttentionOutput(out.copy_(found.out), found.lse)
 
 
 def _joined(parts: list[AttentionOutput], dim: int) -> AttentionOutput:
