@@ -17,6 +17,10 @@ class UnsupportedError(TurboAttentionError):
     """The request is understood but this package does not do it, and says so instead of doing something else."""
 
 
+class RefusedError(TurboAttentionError):
+    """A guard refuses new requests because an alarm stands; the message says which."""
+
+
 class MissingDependencyError(TurboAttentionError, ImportError):
     """An optional package is needed; the message holds the command that installs it."""
 

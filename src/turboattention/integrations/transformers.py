@@ -27,6 +27,7 @@ except ImportError as error:
     ) from error
 
 from turboattention.errors import UnsupportedError, invalid
+from turboattention.integrations.observer import CacheObserver, LayerObserver
 from turboattention.kvcache import LayerCache
 from turboattention.ops import attend
 from turboattention.ops.prefill.reference import expand_cache
@@ -56,6 +57,7 @@ class TurboLayer(CacheLayerMixin):
     def __init__(self, cache: LayerCache, attention: Policy, config: PreTrainedConfig) -> None:
         super().__init__()
         self.cache, self.policy, self._config = cache, attention, config
+        self.observer: LayerObserver | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -66,6 +68,8 @@ class TurboLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.cache.append(key_states, value_states)
+        if self.observer is not None:
+            self.observer.appended(key_states, value_states)
         if str(self._config._attn_implementation).startswith(PREFIX):
             key_states._turbo_layer = self  # type: ignore[attr-defined]  # the hand-over from cache to attention
             return key_states, value_states
@@ -89,6 +93,7 @@ class TurboLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
+        self._rearrange()
         self.cache.reset()
         self.is_initialized = False
 
@@ -97,14 +102,23 @@ class TurboLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise invalid("tokens_to_remove", "0 or a negative number of tokens", tokens_to_remove)
         self.cache.crop(max(0, self.cache.length + tokens_to_remove))
+        if self.observer is not None:
+            self.observer.cropped(self.cache.length)
+
+    def _rearrange(self) -> None:
+        if self.observer is not None:
+            self.observer.rearranged()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rearrange()
         self.cache.map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._rearrange()
         self.cache.map_batch(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self._rearrange()
         self.cache.map_batch(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
@@ -124,10 +138,10 @@ class TurboCache(Cache):
         self.policy = Policy.resolve(policy)
         text = config.get_text_config(decoder=True)
         shape = self.shape = model_shape(config)
-        stock_layers = _stock_layers(text)
+        layers_of_model = stock_layers(text)
         self.policy.validate_for(shape)
         layers: list[CacheLayerMixin] = []
-        for index, stock in enumerate(stock_layers):
+        for index, stock in enumerate(layers_of_model):
             if type(stock) is DynamicLayer:
                 formats = self.policy.head_formats(index, shape.kv_heads)
                 stock = TurboLayer(LayerCache(self.policy.cache, formats), self.policy, text)
@@ -186,6 +200,7 @@ class TurboCache(Cache):
             raise invalid("state", f"policy {self.policy.name!r} and {len(self.layers)} layers", state["policy"])
         for layer, turbo, stock in zip(self.layers, state["turbo"], state["stock"], strict=True):
             if isinstance(layer, TurboLayer):
+                layer._rearrange()
                 layer.cache.load_state(turbo)
                 layer.is_initialized = layer.cache.length > 0
             else:
@@ -196,7 +211,7 @@ class TurboCache(Cache):
         return [x for layer in stock for x in (layer.keys, layer.values) if x is not None]
 
 
-def _stock_layers(text: PreTrainedConfig) -> list[CacheLayerMixin]:
+def stock_layers(text: PreTrainedConfig) -> list[CacheLayerMixin]:
     """transformers' own layers for a model; raises UnsupportedError for kinds we can't hold beside ours."""
     shape = model_shape(text)
     if getattr(text, "kv_lora_rank", None):
@@ -217,10 +232,14 @@ def _stock_layers(text: PreTrainedConfig) -> list[CacheLayerMixin]:
 
 
 class Enabled:
-    """A model that uses TurboAttention until ``disable`` or the end of the ``with`` block."""
+    """A model that uses TurboAttention until ``disable`` or the end of the ``with`` block.
+
+    policy: of caches made from now on; a cache keeps the one it was made with. observer: looks at new caches.
+    """
 
     def __init__(self, model: PreTrainedModel, policy: Policy, stock: str) -> None:
         self.model, self.policy, self._stock = model, policy, stock
+        self.observer: CacheObserver | None = None
         hook = _decoder(model).register_forward_pre_hook(self._supply_cache, with_kwargs=True)
         self._hook: RemovableHandle | None = hook
         model.set_attn_implementation(PREFIX + stock)
@@ -248,6 +267,9 @@ class Enabled:
         if isinstance(cache, TurboCache):
             if cache.shape != model_shape(self.model.config):
                 raise invalid("past_key_values", f"a cache for {model_shape(self.model.config)}", cache.shape)
+            if self.observer is not None and not cache.turbo_layers[0].cache.length:
+                self.observer.admit()
+                self.observer.begin(cache)
             return None
         if cache is not None and any(isinstance(layer, TurboLayer) for layer in cache.layers):
             return None
@@ -259,9 +281,13 @@ class Enabled:
                 f"past_key_values: expected a TurboCache, received {type(cache).__name__}; "
                 "pass TurboCache(model.config, policy) or leave it out"
             )
+        if self.observer is not None:
+            self.observer.admit()
         ours = TurboCache(self.model.config, self.policy)
         if cache is not None and any(getattr(layer, "record_past", False) for layer in cache.layers):
             ours.activate_past_recording()  # assisted generation: sliding-window layers must be able to go back
+        if self.observer is not None:
+            self.observer.begin(ours)
         if cache is not None:
             cache.layers = ours.layers  # whoever made the empty cache may pass it again
         return args, {**kwargs, "past_key_values": ours}
@@ -382,7 +408,10 @@ def attend_layer(
     """
     layer.cache.set_padding(_left_padding(mask, layer.cache.length))
     layer.cache.observe(query)
-    out = attend(query, layer.cache.view(), scale=scaling, softcap=softcap, config=layer.policy.attention)
+    view = layer.cache.view()
+    out = attend(query, view, scale=scaling, softcap=softcap, config=layer.policy.attention)
+    if layer.observer is not None:
+        layer.observer.attended(query, view, out, scaling, softcap)
     layer.cache.settle()
     return out.transpose(1, 2).contiguous()
 

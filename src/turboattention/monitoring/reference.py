@@ -1,0 +1,105 @@
+"""What a calibration saw of K and V, and what it expects: the yardsticks of a watch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboattention.errors import invalid
+from turboattention.quant.affine import TINY
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one head's channels over the calibration text: float32 ``[heads, head_dim]``."""
+
+    mean: Tensor
+    std: Tensor
+
+    def drift(self, head: int, x: Tensor) -> float:
+        """log2 of how far ``[tokens, head_dim]`` is from the mean, in the calibration's standard deviations.
+
+        0: as at calibration; 1: twice as wide, or moved. Root mean square over tokens and channels.
+        """
+        mean, std = (s[head].to(x.device) for s in (self.mean, self.std))
+        distance = ((x.float() - mean) / std.clamp_min(TINY)).square().mean().sqrt()
+        return float(distance.clamp_min(TINY).log2())
+
+
+@dataclass(frozen=True)
+class Reference:
+    """K and V of every layer: ``{"key": Spread, "value": Spread}``."""
+
+    layers: tuple[dict[str, Spread], ...]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Reference":
+        """The statistics in the state file of a calibration (``turboattention calibrate --state``).
+
+        Raises InvalidInputError for other files, and for states that have no statistics yet.
+        """
+        data = _json("watch reference", path)
+        results = data.get("results") if "turboattention_calibration" in data else None
+        found = [
+            entry["statistics"] for name, entry in (results or {}).items()
+            if name.startswith("sensitivity") and isinstance(entry, dict) and entry.get("statistics")
+        ]  # fmt: skip
+        if not found:
+            raise invalid(
+                "watch reference", "the state file of a calibration with its sensitivities", path,
+                "write one with turboattention calibrate --state",
+            )  # fmt: skip
+        try:
+            return cls(tuple({side: _spread(layer[side]) for side in ("key", "value")} for layer in found[-1]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise invalid("watch reference", "statistics of K and V", f"{path}: {error}") from error
+
+    def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
+        """Raise InvalidInputError unless these are statistics of such a model."""
+        shape = tuple(self.layers[0]["key"].mean.shape)
+        if (len(self.layers), *shape) != (layers, kv_heads, head_dim):
+            raise invalid(
+                "watch reference", f"{layers} layers of {kv_heads} KV heads of {head_dim} channels",
+                f"{len(self.layers)} of {shape[0]} of {shape[1]}", "calibrate this model",
+            )  # fmt: skip
+
+
+def expected_errors(path: str | Path) -> dict[str, float]:
+    """The relative error of the attention output of each layer's worst head, from ``calibrate --json``, by layer."""
+    data = _json("calibration result", path)
+    heads = data.get("heads")
+    if "schema" not in data or not isinstance(heads, list) or not heads:
+        raise invalid(
+            "calibration result", "errors by head", path, "write it with turboattention calibrate --json"
+        )  # fmt: skip
+    worst: dict[str, float] = {}
+    try:
+        for entry in heads:
+            layer = str(int(entry["layer"]))
+            worst[layer] = max(worst.get(layer, 0.0), float(entry["seen"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise invalid("calibration result", "layer and seen of each head", f"{path}: {error}") from error
+    return worst
+
+
+def _json(name: str, path: str | Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise invalid(name, "a readable file", f"{path} ({error.strerror})") from error
+    except ValueError as error:
+        raise invalid(name, "JSON", f"{path}: {error}") from error
+    if not isinstance(data, dict):
+        raise invalid(name, "an object", f"{path}: {type(data).__name__}")
+    return data
+
+
+def _spread(data: Mapping[str, Any]) -> Spread:
+    mean, squares = (torch.tensor(data[name], dtype=torch.float64) for name in ("mean", "squares"))
+    if mean.dim() != 2 or mean.shape != squares.shape or not int(data["count"]):
+        raise ValueError(f"mean of shape {tuple(mean.shape)}")
+    return Spread(mean.float(), (squares / int(data["count"])).sqrt().float())
