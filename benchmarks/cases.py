@@ -66,6 +66,10 @@ def table(quick: bool = False) -> dict[str, list[Entry]]:
         for tokens in ((16384,) if quick else (4096, 16384, 32768))
         for causal in (True, False)
     ]
+    found["prefill long"] = [Entry(replace(prefill, tokens=131072, causal=causal)) for causal in (True, False)]
+    found["prefill 64 channels"] = [
+        Entry(replace(prefill, head_dim=64, tokens=16384, causal=causal)) for causal in (True, False)
+    ]
     return named(found)
 
 

@@ -5,8 +5,8 @@
 
 ``measure`` starts an engine for each KV dtype in a process of its own: random weights in the shape of a Llama, REQUESTS
 prompts of TOKENS random tokens, all at once. Time per output token is (time of 65 tokens - time of 1 token) / 64 of the
-whole job, so it includes the steps where prompts and answers mix; prefill is all prompt tokens over the time of 1
-token. Medians of RUNS runs. Versions and card are in every row. Without vLLM's entry points (a source tree on
+whole job, so it includes the steps where prompts and answers mix; a decode step, in which all requests get a token and
+none is a prompt, is (time of 129 tokens - time of 65) / 64; prefill is all prompt tokens over the time of 1 token. Medians of RUNS runs. Versions and card are in every row. Without vLLM's entry points (a source tree on
 PYTHONPATH) the plugin registers itself here.
 """
 
@@ -28,6 +28,7 @@ OUTPUT = 65
 COLUMNS = (
     "kv", "device", "vllm", "torch", "layers", "requests", "prompt_tokens", "runs", "tpot_ms", "tpot_all_ms",
     "prefill_tokens_per_s", "prefill_all", "kv_tokens", "kv_bytes", "load_s", "graphs", "date", "failure",
+    "step_ms", "step_all_ms",
 )  # fmt: skip
 OURS = ("turbo_int4", "turbo_k4v2", "turbo_int2")
 
@@ -79,7 +80,7 @@ def measure_one(kv: str, given: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, given.requests]}
         llm = engine(
-            model, kv, load_format="dummy", max_model_len=given.tokens + 2 * OUTPUT, max_num_seqs=given.requests,
+            model, kv, load_format="dummy", max_model_len=given.tokens + 3 * OUTPUT, max_num_seqs=given.requests,
             max_num_batched_tokens=8192, gpu_memory_utilization=given.memory, enable_prefix_caching=False,
             compilation_config={"mode": 0, "cudagraph_mode": "NONE"} if given.eager else graphs,
         )  # fmt: skip
@@ -88,21 +89,23 @@ def measure_one(kv: str, given: argparse.Namespace) -> dict[str, Any]:
     chosen = random.Random(0)
     prompts = [[chosen.randrange(3, 32000) for _ in range(given.tokens)] for _ in range(given.requests)]
     generate(llm, prompts[:2], 4)  # compiles what the start has not
-    first, tpot = [], []
+    first, tpot, step = [], [], []
     for _ in range(given.runs):
         times = []
-        for tokens in (1, OUTPUT):
+        for tokens in (1, OUTPUT, 2 * OUTPUT - 1):
             start = time.perf_counter()
             generate(llm, prompts, tokens)
             times.append(time.perf_counter() - start)
         first.append(given.requests * given.tokens / times[0])
         tpot.append((times[1] - times[0]) / (OUTPUT - 1) * 1e3)
+        step.append((times[2] - times[1]) / (OUTPUT - 1) * 1e3)
     return {
         "kv": kv, "device": torch.cuda.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__,
         "layers": given.layers, "requests": given.requests, "prompt_tokens": given.tokens, "runs": given.runs,
         "tpot_ms": round(statistics.median(tpot), 3), "tpot_all_ms": " ".join(f"{x:.3f}" for x in tpot),
         "prefill_tokens_per_s": round(statistics.median(first)), "prefill_all": " ".join(f"{x:.0f}" for x in first),
         "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size, "kv_bytes": cache.kv_cache_memory_bytes or "",
+        "step_ms": round(statistics.median(step), 3), "step_all_ms": " ".join(f"{x:.3f}" for x in step),
         "load_s": round(load, 1), "graphs": not given.eager, "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 

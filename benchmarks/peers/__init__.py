@@ -1,6 +1,6 @@
 """Other libraries, measured where they are installed; README.md says how to get each. None of their code is here."""
 
-from peers import sage, vllm_int4, vllm_turboquant
+from peers import sage, vllm_flash, vllm_int4, vllm_turboquant
 from turboattention.bench.baselines import DecodeBaseline, PrefillBaseline
 
 
@@ -13,5 +13,9 @@ def decode_peers() -> list[DecodeBaseline]:
 
 
 def prefill_peers() -> list[PrefillBaseline]:
-    """Quantised prefill of other libraries."""
-    return [PrefillBaseline("SageAttention 1", sage.prepare, quantised=True)]
+    """Prefill of other libraries."""
+    return [
+        PrefillBaseline("SageAttention 1", sage.prepare, quantised=True),
+        PrefillBaseline("FlashAttention 3", vllm_flash.prepare),
+        PrefillBaseline("FlashAttention 3 FP8", vllm_flash.prepare_fp8, quantised=True),
+    ]

@@ -29,22 +29,18 @@ def attention(target: str, width: int, *, causal: bool, window: int = 0, packed:
 
 def prepass(width: int) -> list[Variant]:
     sizes = {"HEAD_DIM": width, "WIDTH": width, "PACKED": False}
-    parts = {"PARTS": int8_prepass.PARTS}
     inputs = [f"{x}_stride_{axis}" for x in "qkv" for axis in "bht"]
     types = {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16"), "mean_ptr": "*fp32", "gain_ptr": "*fp32"}
     types |= {"q8_ptr": "*i8", "k8_ptr": "*i8", "v8_ptr": "*i8", **SCALES, "factor": "fp32", "scale": "fp32"}
     types |= dict.fromkeys(("longest_q", "longest_k", "padded_q", "padded_k", "heads", "kv_heads", *inputs), "i32")
     constants = {**sizes, "LEVELS": float(LEVELS), "SMALLEST": SMALLEST, "cu_q_ptr": None, "cu_k_ptr": None}
     constants |= dict.fromkeys(("q_stride_d", "k_stride_d", "v_stride_d"), 1)
-    measured = {"q_ptr": "*fp16", "k_ptr": "*fp16", "parts_ptr": "*fp32"}
+    measured = {"q_ptr": "*fp16", "k_ptr": "*fp16", "mean_ptr": "*fp32", "gain_ptr": "*fp32"}
     measured |= dict.fromkeys(("longest_q", "longest_k", "ratio", "kv_heads", *inputs[:6]), "i32")
-    joined = dict.fromkeys(("parts_ptr", "mean_ptr", "gain_ptr"), "*fp32") | {"longest": "i32", "kv_heads": "i32"}
-    joined_with = {**parts, "WIDTH": width, "PACKED": False, "cu_ptr": None}
-    measured_with = {**sizes, **parts, "cu_q_ptr": None, "cu_k_ptr": None, "q_stride_d": 1, "k_stride_d": 1}
+    measured_with = {**sizes, "cu_q_ptr": None, "cu_k_ptr": None, "q_stride_d": 1, "k_stride_d": 1}
     return [
         Variant(f"quantise-{width}", int8_prepass.quantise, types, constants, 8, options={"enable_fp_fusion": False}),
-        Variant(f"measure-{width}", int8_prepass.measure_parts, measured, measured_with, 16),
-        Variant(f"join-{width}", int8_prepass.join_parts, joined, joined_with, 8),
+        Variant(f"measure-{width}", int8_prepass.measure, measured, measured_with, 16),
     ]
 
 

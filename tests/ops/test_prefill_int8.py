@@ -130,6 +130,25 @@ def test_a_large_channel_does_not_coarsen_the_others(
     assert (got.lse - lse).abs().max() < lse_limit
 
 
+@pytest.mark.parametrize(("count", "length"), [(512, 512), (512, 513), (512, 8191), (7, 1 << 22), (128, 5), (3, 0)])
+def test_spread_takes_one_token_of_each_part(count: int, length: int) -> None:
+    tokens = int8.spread(count, length)
+    edges = torch.arange(count + 1) * length // count
+    assert len(tokens) == (count if length else 0)
+    for token, first, last in zip(tokens.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=bool(length)):
+        assert first <= token < max(last, first + 1)
+    assert not length or tokens[0] == 0
+
+
+def test_a_rotating_channel_is_no_mean_of_k() -> None:
+    """RoPE turns channels; tokens at equal distances would meet one of them always at the same angle."""
+    angle = torch.arange(8192, device=DEVICE) * (2 * torch.pi / 16)
+    k = torch.zeros(1, 1, 8192, 64, device=DEVICE)
+    k[..., 0], k[..., 1] = angle.cos(), angle.sin()
+    chunk = int8.quantise_chunk(k[:, :, :64], k, k, 0.125)
+    assert chunk.mean.abs().max() < 0.1
+
+
 def test_gains_bring_the_channels_of_both_sides_together() -> None:
     q, k, v = tensors(4, 2, 300, 300, 64)
     sizes = torch.tensor([1.0, 4.0, 16.0, 64.0], device=DEVICE)
@@ -164,10 +183,10 @@ def test_gains_of_any_values_are_positive_numbers_and_leave_other_heads_alone(
 
 # ---- pre-pass against the definition -------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "tokens", "dim"), [(1, 1, 64), (63, 111, 80), (130, 257, 128)])
+@pytest.mark.parametrize(("rows", "tokens", "dim"), [(1, 1, 64), (63, 111, 80), (200, 1100, 128)])
 def test_prepass_makes_the_same_codes(rows: int, tokens: int, dim: int, dtype: torch.dtype) -> None:
     q, k, v = tensors(4, 2, rows, tokens, dim, dtype)
-    k = (k * 8).round() / 8  # sums of K are then exact in any order, and its codes too
+    k = (k * 8).round() / 8  # sums of sampled K are then exact in any order, and its codes too
     k = k[:, :, : 1 << (tokens.bit_length() - 1)]
     v = v[:, :, : k.shape[2]]
     k[..., 3] *= 64

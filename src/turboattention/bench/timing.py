@@ -16,6 +16,7 @@ MOST_BUFFERS = 64
 CALLS = 16
 GRAPH_MS = 50.0
 GPU_REPEATS, CPU_REPEATS = 21, 7
+MOST_GPU_MS, FEWEST_GPU_REPEATS = 5000.0, 5  # of all repeats together; so many are made however long they take
 CPU_MS, MOST_CPU_REPEATS = 100.0, 200  # short calls are repeated for so long, but no more often
 CLOCK_SAMPLE_MS = 30.0
 
@@ -80,7 +81,8 @@ def _measure_graph(calls: Sequence[Callable[[], object]], repeats: int) -> Timin
         calls[0]()
         end.record()
     torch.cuda.synchronize()
-    wanted = min(CALLS, math.ceil(GRAPH_MS / max(begin.elapsed_time(end), 1e-3)))
+    one_ms = max(begin.elapsed_time(end), 1e-3)
+    wanted = min(CALLS, math.ceil(GRAPH_MS / one_ms))
     count = -(-wanted // len(calls)) * len(calls)
     graph = torch.cuda.CUDAGraph()
     kept: list[object] = []
@@ -89,7 +91,8 @@ def _measure_graph(calls: Sequence[Callable[[], object]], repeats: int) -> Timin
             out = call()
             if not kept:  # one output alive: all of them would not fit
                 kept.append(out if isinstance(out, Tensor) else None)
-    for _ in range(3):
+    repeats = max(min(repeats, int(MOST_GPU_MS / (one_ms * count))), min(repeats, FEWEST_GPU_REPEATS))
+    for _ in range(3 if one_ms < GRAPH_MS else 1):
         graph.replay()
     samples = []
     for _ in range(repeats):

@@ -70,4 +70,5 @@ def _lengths(batch: int, before: int, new: int, row: int, table: Tensor) -> Leng
     paged = (before + min(new, 1) if new < PAGE_TOKENS else after) // PAGE_TOKENS * PAGE_TOKENS
     numbers = (before, after, before // PAGE_TOKENS * PAGE_TOKENS, paged, new, row, 0)
     columns = [torch.full((batch,), x, dtype=torch.int32, device=table.device) for x in numbers]
-    return Lengths(*columns, table[:batch], torch.zeros_like(columns[0]))
+    none = torch.zeros_like(columns[0])
+    return Lengths(*columns, table=table[:batch], fault=none)

@@ -20,7 +20,8 @@ QUERY_BLOCK = 64  # query rows that share a scale: the rows that one warpgroup o
 KEY_BLOCK = BLOCK  # tokens that share a scale of K and one of V: a tile of the kernels
 ROWS = 512  # queries that the definition computes together: bounds the score matrix, changes no result
 SMALLEST = 1e-30  # of a block's largest magnitude: zeros then give codes 0 and no division by 0
-SAMPLES = 64  # query rows of every head, spread over the sequence, that say how large Q's channels are
+KEY_SAMPLES = 512  # tokens of a sequence that say what K's mean is and how large its channels are
+QUERY_SAMPLES = 128  # the same for Q: query rows of all heads of a KV head
 SMALLEST_SHARE = 2.0**-8  # of a head's largest channel that a channel counts as: bounds what a sample may miss
 LOG2E = math.log2(math.e)
 
@@ -33,12 +34,12 @@ class Int8Chunk:
 
     q:       int8 ``[heads, padded_q, width]``, of q * scale * log2(e) * gain
     q_scale: float32 ``[heads, padded_q / 64]``
-    k:       int8 ``[kv_heads, padded_k, width]``, of (k minus its mean over the tokens of its sequence) / gain
+    k:       int8 ``[kv_heads, padded_k, width]``, of (k - mean) / gain
     k_scale: float32 ``[kv_heads, padded_k / 128]``
     v:       int8 ``[kv_heads, width, padded_k]``, tokens in the order of `quant.packing.permute_tokens`
     v_scale: float32 ``[kv_heads, padded_k / 128]``
     shift:   float32 ``[heads, padded_q]``, scale * (q . mean of k): what smoothing took from every score of the row
-    mean:    float32 ``[sequences, kv_heads, width]``, of k
+    mean:    float32 ``[sequences, kv_heads, width]``, of k over KEY_SAMPLES tokens of its sequence (`spread`)
     gain:    float32 ``[sequences, kv_heads, width]``, of `channel_gains`
 
     A kernel that quantises queries itself gets a chunk whose q, q_scale and shift have no rows.
@@ -101,9 +102,10 @@ def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Seq
     ratio = chunk.q.shape[0] // chunk.k.shape[0]
     for number, (rows, tokens) in enumerate(zip(sequences.spans_q(), sequences.spans_k(), strict=True)):
         x, key, value = rows.read(q).float(), tokens.read(k).float(), tokens.read(v).float()
-        mean = key.sum(1, keepdim=True) / max(tokens.length, 1)
+        sample = key[:, spread(min(KEY_SAMPLES, tokens.length), tokens.length, key.device)]
+        mean = sample.sum(1, keepdim=True) / max(sample.shape[1], 1)
         key = key - mean
-        gain = channel_gains(key, x)[:, None]
+        gain = channel_gains(sample - mean, x)[:, None]
         chunk.mean[number] = _widen(mean.squeeze(1), chunk.k.shape[-1])
         chunk.gain[number] = _widen(gain.squeeze(1), chunk.k.shape[-1], 1.0)
         chunk.shift[:, rows.padded] = _pad(scale * (x @ mean.repeat_interleave(ratio, 0).mT).squeeze(-1), rows.blocks)
@@ -118,17 +120,31 @@ def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Seq
     return chunk
 
 
+def spread(count: int, length: int, device: torch.device | None = None) -> Tensor:
+    """Int64 ``[count]`` tokens, one in each of ``count`` equal parts of a sequence of ``length``; the first is token 0.
+
+    At a golden-ratio place within its part, because equal distances would see a channel that RoPE turns always alike.
+    Parts of less than a token repeat some.
+    """
+    i = torch.arange(count if length else 0, device=device)
+    first = i * length // max(count, 1)
+    size = (i + 1) * length // max(count, 1) - first
+    return first + ((i * 40503 & 0xFFFF) * size >> 16)
+
+
 def channel_gains(key: Tensor, q: Tensor) -> Tensor:
     """What Q's channels are multiplied by and K's divided by, so that neither side has few large ones under one scale.
 
-    sqrt(a / b): a is the largest magnitude of a channel of ``key``, b that of `SAMPLES` rows of every query head, both
-    as shares of the head's largest channel and at least SMALLEST_SHARE. Maxima do not depend on the order of tokens.
+    sqrt(a / b): a is the largest magnitude of a channel of ``key``, b that of QUERY_SAMPLES query rows, both as shares
+    of the head's largest channel and at least SMALLEST_SHARE. Maxima do not depend on the order of tokens. The rows are
+    spread over the sequence, and the heads of a KV head take turns.
 
-    key: float32 ``[kv_heads, tokens, channels]``, k without its mean; q: ``[heads, queries, channels]``.
-    Returns float32 ``[kv_heads, channels]``, finite and above 0 whatever the inputs are.
+    key: float32 ``[kv_heads, tokens, channels]``, sampled tokens of k without the mean; q: ``[heads, queries,
+    channels]``. Returns float32 ``[kv_heads, channels]``, finite and above 0 whatever the inputs are.
     """
-    rows = torch.arange(SAMPLES if q.shape[1] else 0, device=q.device) * q.shape[1] // SAMPLES
-    sample = q[:, rows].unflatten(0, (key.shape[0], q.shape[0] // key.shape[0])).flatten(1, 2)
+    rows = spread(QUERY_SAMPLES, q.shape[1], q.device)
+    grouped = q.unflatten(0, (key.shape[0], -1))
+    sample = grouped[:, torch.arange(len(rows), device=q.device) % grouped.shape[1], rows]
     # Through float64, because torch's float32 root on a CPU is not the nearest number.
     return (_shares(key) / _shares(sample)).double().sqrt().float()
 

@@ -1,22 +1,31 @@
-"""Kernels that make the INT8 operands of a chunk: the same codes as `int8.quantise_chunk`, in three launches.
+"""Kernels that make the INT8 operands of a chunk: the same codes as `int8.quantise_chunk`, in two launches.
 
-Parts of each sequence give K's sums and extremes and those of some queries, the parts the mean and the channels' gains;
-then every program quantises a block of 128 tokens of one head of Q, K or V.
+Some tokens of K and some queries give the mean and the channels' gains; then every program quantises a block of 128
+tokens of one head of Q, K or V.
 """
 
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 # Triton has no annotations, and its kernels are compiled from untyped Python.
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboattention.ops.prefill.int8 import LEVELS, LOG2E, SAMPLES, SMALLEST, SMALLEST_SHARE, Int8Chunk, empty_chunk
+from turboattention.ops.prefill.int8 import (
+    KEY_SAMPLES,
+    LEVELS,
+    LOG2E,
+    QUERY_SAMPLES,
+    SMALLEST,
+    SMALLEST_SHARE,
+    Int8Chunk,
+    empty_chunk,
+)
 from turboattention.ops.prefill.sequences import BLOCK, Sequences
 
-PARTS = 64  # of a sequence when K is added up: enough programs for a whole GPU
-_SAMPLES = tl.constexpr(SAMPLES)
+_KEYS = tl.constexpr(KEY_SAMPLES)
+_QUERIES = tl.constexpr(QUERY_SAMPLES)
+_TILE = tl.constexpr(64)  # sampled rows at once
 _SMALLEST_SHARE = tl.constexpr(SMALLEST_SHARE)
 
 
@@ -50,51 +59,11 @@ def _tile(base, tokens, length, channels, real, stride_t, stride_d):
     return tl.load(at, mask=(tokens < length)[:, None] & real, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["longest_q", "longest_k", "ratio"])
-def measure_parts(
-    q_ptr, k_ptr, parts_ptr, cu_q_ptr, cu_k_ptr, longest_q, longest_k, ratio, kv_heads,
-    q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Of each channel, float32 ``parts [batch, kv_heads, 4, PARTS, WIDTH]``.
-
-    Sum, largest and least of K over one part of the tokens, and the largest magnitude in the sampled rows of Q (the
-    first parts take a query head each).
-    """
-    part = tl.program_id(0)
-    head = tl.program_id(1)
-    number = tl.program_id(2)
-    channels = tl.arange(0, WIDTH)
-    real = (channels < HEAD_DIM)[None, :]
-    magnitude = tl.zeros([WIDTH], tl.float32)
-    for query_head in range(part, ratio, PARTS):
-        first_q, length_q, _ = locate(cu_q_ptr, number, longest_q, PACKED)
-        base_q = _head(
-            q_ptr, head * ratio + query_head, number, first_q, q_stride_b, q_stride_h, q_stride_t, PACKED
-        )  # fmt: skip
-        rows = tl.arange(0, _SAMPLES) * length_q // _SAMPLES
-        x = _tile(base_q, rows, length_q, channels, real, q_stride_t, q_stride_d)
-        magnitude = tl.maximum(magnitude, tl.max(tl.abs(x), 0))
-    first, length, _ = locate(cu_k_ptr, number, longest_k, PACKED)
-    base = _head(k_ptr, head, number, first, k_stride_b, k_stride_h, k_stride_t, PACKED)
-    size = tl.cdiv(length, PARTS)
-    end = tl.minimum((part + 1) * size, length)
-    # Tiles are joined element by element and reduced once: a reduction for each tile waits for all warps.
-    total = tl.zeros([64, WIDTH], tl.float32)
-    largest = tl.full([64, WIDTH], -float("inf"), tl.float32)
-    least = tl.full([64, WIDTH], float("inf"), tl.float32)
-    for begin in range(part * size, end, 64):
-        tokens = begin + tl.arange(0, 64)
-        x = _tile(base, tokens, end, channels, real, k_stride_t, k_stride_d)
-        total += x
-        seen = (tokens < end)[:, None]
-        largest = tl.maximum(largest, tl.where(seen, x, -float("inf")))
-        least = tl.minimum(least, tl.where(seen, x, float("inf")))
-    to = parts_ptr + ((number * kv_heads + head) * (4 * PARTS) + part) * WIDTH + channels
-    tl.store(to, tl.sum(total, 0))
-    tl.store(to + PARTS * WIDTH, tl.max(largest, 0))
-    tl.store(to + 2 * PARTS * WIDTH, tl.min(least, 0))
-    tl.store(to + 3 * PARTS * WIDTH, magnitude)
+@triton.jit
+def _spread(i, count, length):
+    """`int8.spread`."""
+    first = (i * length) // count
+    return first + (((i * 40503) & 0xFFFF) * (((i + 1) * length) // count - first) >> 16)
 
 
 @triton.jit
@@ -103,24 +72,46 @@ def _share(x):
     return tl.where(share < 1.0, tl.maximum(share, _SMALLEST_SHARE), 1.0)
 
 
-@triton.jit(do_not_specialize=["longest"])
-def join_parts(
-    parts_ptr, mean_ptr, gain_ptr, cu_ptr, longest, kv_heads,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr,
+@triton.jit(do_not_specialize=["longest_q", "longest_k", "ratio"])
+def measure(
+    q_ptr, k_ptr, mean_ptr, gain_ptr, cu_q_ptr, cu_k_ptr, longest_q, longest_k, ratio, kv_heads,
+    q_stride_b, q_stride_h, q_stride_t, q_stride_d, k_stride_b, k_stride_h, k_stride_t, k_stride_d,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Parts to float32 ``mean`` and ``gain [batch, kv_heads, WIDTH]``, as `int8.channel_gains` has it."""
+    """``mean`` and ``gain``, float32 ``[batch, kv_heads, WIDTH]``, of one KV head of one sequence."""
     head = tl.program_id(0)
     number = tl.program_id(1)
-    _, length, _ = locate(cu_ptr, number, longest, PACKED)
-    row = number * kv_heads + head
     channels = tl.arange(0, WIDTH)
-    at = parts_ptr + row * (4 * PARTS * WIDTH) + tl.arange(0, PARTS)[:, None] * WIDTH + channels[None, :]
-    mean = tl.math.div_rn(tl.sum(tl.load(at), 0), tl.maximum(length, 1).to(tl.float32))
-    tl.store(mean_ptr + row * WIDTH + channels, mean)
-    largest = tl.max(tl.load(at + PARTS * WIDTH), 0) - mean
-    largest = tl.maximum(largest, mean - tl.min(tl.load(at + 2 * PARTS * WIDTH), 0))
-    ratio = tl.math.div_rn(_share(largest), _share(tl.max(tl.load(at + 3 * PARTS * WIDTH), 0)))
-    tl.store(gain_ptr + row * WIDTH + channels, tl.math.sqrt_rn(ratio))
+    real = (channels < HEAD_DIM)[None, :]
+    first, length, _ = locate(cu_k_ptr, number, longest_k, PACKED)
+    base = _head(k_ptr, head, number, first, k_stride_b, k_stride_h, k_stride_t, PACKED)
+    count = tl.minimum(length, _KEYS)
+    # Tiles are joined element by element and reduced once: a reduction for each tile waits for all warps.
+    total = tl.zeros([_TILE, WIDTH], tl.float32)
+    largest = tl.full([_TILE, WIDTH], -float("inf"), tl.float32)
+    least = tl.full([_TILE, WIDTH], float("inf"), tl.float32)
+    for i in tl.static_range(_KEYS // _TILE):
+        sample = i * _TILE + tl.arange(0, _TILE)
+        seen = sample < count
+        tokens = tl.where(seen, _spread(sample, tl.maximum(count, 1), length), length)
+        x = _tile(base, tokens, length, channels, real, k_stride_t, k_stride_d)
+        total += x
+        largest = tl.maximum(largest, tl.where(seen[:, None], x, -float("inf")))
+        least = tl.minimum(least, tl.where(seen[:, None], x, float("inf")))
+    first_q, length_q, _ = locate(cu_q_ptr, number, longest_q, PACKED)
+    magnitude = tl.zeros([_TILE, WIDTH], tl.float32)
+    for i in tl.static_range(_QUERIES // _TILE):
+        sample = i * _TILE + tl.arange(0, _TILE)
+        base_q = _head(q_ptr, head * ratio, number, first_q, q_stride_b, q_stride_h, q_stride_t, PACKED)
+        tokens = _spread(sample, _QUERIES, length_q)
+        at = base_q + (sample % ratio).to(tl.int64)[:, None] * q_stride_h + tokens.to(tl.int64)[:, None] * q_stride_t
+        x = tl.load(at + channels[None, :] * q_stride_d, mask=(tokens < length_q)[:, None] & real, other=0.0)
+        magnitude = tl.maximum(magnitude, tl.abs(x.to(tl.float32)))
+    mean = tl.math.div_rn(tl.sum(total, 0), tl.maximum(count, 1).to(tl.float32))
+    to = (number * kv_heads + head) * WIDTH + channels
+    tl.store(mean_ptr + to, mean)
+    size = tl.maximum(tl.max(largest, 0) - mean, mean - tl.min(least, 0))
+    tl.store(gain_ptr + to, tl.math.sqrt_rn(tl.math.div_rn(_share(size), _share(tl.max(magnitude, 0)))))
 
 
 @triton.jit
@@ -221,17 +212,12 @@ def quantise_chunk(
     kv_heads, width = chunk.k.shape[0], chunk.k.shape[2]
     query_heads = sequences.heads(q)
     heads = query_heads if queries else 0
-    parts = torch.empty((sequences.batch, kv_heads, 4, PARTS, width), dtype=torch.float32, device=q.device)
     packed = sequences.is_packed
     sizes = {"HEAD_DIM": chunk.head_dim, "WIDTH": width, "PACKED": packed}
     strides = [(0, x.stride(1), x.stride(0), x.stride(2)) if packed else x.stride() for x in (q, k, v)]
-    measure_parts[(PARTS, kv_heads, sequences.batch)](
-        q, k, parts, sequences.cu_q, sequences.cu_k, sequences.max_q, sequences.max_k, query_heads // kv_heads,
-        kv_heads, *strides[0], *strides[1], **sizes, PARTS=PARTS, num_warps=16,
-    )  # fmt: skip
-    join_parts[(kv_heads, sequences.batch)](
-        parts, chunk.mean, chunk.gain, sequences.cu_k, sequences.max_k, kv_heads,
-        WIDTH=width, PARTS=PARTS, PACKED=packed, num_warps=8,
+    measure[(kv_heads, sequences.batch)](
+        q, k, chunk.mean, chunk.gain, sequences.cu_q, sequences.cu_k, sequences.max_q, sequences.max_k,
+        query_heads // kv_heads, kv_heads, *strides[0], *strides[1], **sizes, num_warps=16,
     )  # fmt: skip
     longest = max(sequences.max_q, sequences.max_k) if queries else sequences.max_k
     quantise[(-(-longest // BLOCK), heads + 2 * kv_heads, sequences.batch)](
