@@ -1,22 +1,21 @@
 """A preset or policy on a model in this process as one side, measured token by token."""
 
 import asyncio
+import hashlib
+import json
 import time
 from dataclasses import dataclass, field
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from turboattention.errors import TurboAttentionError, invalid
 from turboattention.evaluation.caches import attention_of, make_cache
-from turboattention.evaluation.stream import policy_name
 from turboattention.integrations.models import LoadedModel, quiet
+from turboattention.policy import Policy, asdict_policy
 from turboattention.serving.answer import Answer, Failure, SideName
 from turboattention.serving.prompts import Request
-
-if TYPE_CHECKING:
-    from turboattention.policy import Policy
 
 ORDINARY = "16-bit"
 
@@ -35,12 +34,15 @@ class LocalSide:
 
     name: SideName
     shared: LocalModel
-    policy: "str | Policy | None"
+    policy: str | Policy | None
     stopped: Event = field(default_factory=Event)
 
     def describe(self) -> dict[str, str]:
-        policy = ORDINARY if self.policy is None else policy_name(self.policy)
-        return {"kind": "local", "policy": policy, "model": self.shared.loaded.name}
+        name, policy = self.shared.loaded.name, self.policy
+        if policy is None or isinstance(policy, str):
+            return {"kind": "local", "policy": policy or ORDINARY, "model": name}
+        digest = hashlib.sha256(json.dumps(asdict_policy(policy), sort_keys=True).encode()).hexdigest()
+        return {"kind": "local", "policy": policy.name, "sha256": digest, "model": name}
 
     async def prepare(self, warm_up: list[Request]) -> list[str]:
         for request in warm_up:

@@ -1,6 +1,6 @@
 """The folder of a run: what was asked, one line an answer as it comes, and the way to go on after a crash.
 
-``run.json``: sides, settings and limits, which must not change when a run goes on. ``requests.jsonl``: what was asked.
+``run.json``: sides, settings and limits, which must not change when a run goes on, and which models were found. ``requests.jsonl``: what was asked.
 ``answers.jsonl``: one answer a line. ``pairs.jsonl``: both texts of each sample, written when a run ends.
 """
 
@@ -41,6 +41,7 @@ class Store:
     retry_errors: bool = False
     answers: dict[tuple[str, SideName], Answer] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    found: dict[str, dict[str, str]] = field(default_factory=dict)
     _file: FileIO | None = None
 
     def __enter__(self) -> "Store":
@@ -80,14 +81,26 @@ class Store:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise invalid("--out", f"a readable {RUN}", f"{path} ({error})") from error
-        changed = _changes(before, now)
+        self.found = before.pop("found", {}) if isinstance(before, dict) else {}
+        self._refuse_changes(before, now)
+
+    def _refuse_changes(self, before: Any, now: Any, name: str = "") -> None:
+        changed = _changes(before, now, name)
         if changed:
             what, old, new = changed[0]
             hint = "limits are set before the answers are seen; " if what.startswith("limits") else ""
-            raise invalid(
-                "--out", f"the run that {self.folder} holds ({what}: {old})", f"{what}: {new}",
-                f"{hint}choose a new folder",
-            )  # fmt: skip
+            expected = f"the run that {self.folder} holds ({what}: {old})"
+            raise invalid("--out", expected, f"{what}: {new}", f"{hint}choose a new folder")
+
+    def pin(self, side: SideName, description: dict[str, str]) -> None:
+        """What the side turned out to be, such as the model that a server lists: refused when it has changed."""
+        description = hide(description, self.secrets)
+        if side in self.found:
+            self._refuse_changes(self.found[side], description, side)
+            return
+        self.found[side] = description
+        data = {"schema": SCHEMA, **hide(self.settings, self.secrets), "found": self.found}
+        self._write(self.folder / RUN, json.dumps(data, indent=2) + "\n")
 
     def _load(self) -> None:
         assert self._file is not None
