@@ -11,6 +11,7 @@ from turboattention.cli.compare import compare
 from turboattention.cli.doctor import doctor
 from turboattention.cli.generate import generate
 from turboattention.cli.options import examples
+from turboattention.cli.plan import plan
 from turboattention.cli.serve import serve
 from turboattention.errors import InvalidInputError
 
@@ -59,6 +60,13 @@ app.command(
         "turboattention bench prefill --device cuda --tokens 16384 --no-causal",
     )
 )(bench)
+app.command(
+    epilog=examples(
+        "turboattention plan qwen2.5-coder-1.5b --gpu L40S",
+        "turboattention plan ./model --gpu H100 --prompt 32768 --output 1024 --json plan.json",
+        "turboattention plan config.json --gpu RTX4090 --weight-bits 4.5 --batch 8 --price 0.50",
+    )
+)(plan)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog=examples(

@@ -1,15 +1,18 @@
 """The open pages of one layer: the newest tokens of every sequence, exact, and what its queries said so far."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from turboattention.errors import UnsupportedError
-from turboattention.integrations.vllm.metadata import Lengths
 from turboattention.integrations.vllm.settings import PAGE_TOKENS
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
 from turboattention.quant.layout import PageLayout
+
+if TYPE_CHECKING:
+    from turboattention.integrations.vllm.metadata import Lengths  # imports vLLM, which a planner does without
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class OpenPages:
     def nbytes(self) -> int:
         return self.key.nbytes + self.value.nbytes + (0 if self.power is None else self.power.nbytes)
 
-    def view(self, kv_cache: Tensor, numbers: Lengths, *, after: bool) -> PagedKV:
+    def view(self, kv_cache: Tensor, numbers: "Lengths", *, after: bool) -> PagedKV:
         """The cache of some sequences before or after their new tokens.
 
         kv_cache: vLLM's blocks, uint8 ``[blocks, kv_heads, 64, bytes of a token]``. Raises UnsupportedError where vLLM

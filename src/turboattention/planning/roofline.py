@@ -1,0 +1,99 @@
+"""Time of a decode step and of a prompt.
+
+A step is the slower of the host and the card. The card reads the weights once (or multiplies them, whichever is
+longer), and in each layer reads the cache of every sequence and does the rest (norms, rotary embedding, launches):
+
+    step  = max(host, max(weights / bandwidth, flops / compute)
+                      + layers * (rest + latency + cache / bandwidth [+ append]))
+
+Bandwidth and compute are the card's data sheet times shares measured on one card; latencies are taken over as they
+are. The prompt is compute alone.
+"""
+
+from typing import NamedTuple
+
+from turboattention.planning.calibration import Calibration, Fit
+from turboattention.planning.gpu import FP8_FROM, KERNELS_FROM, Gpu
+from turboattention.planning.kv_bytes import BF16, FP8, Form, read_bytes
+from turboattention.planning.model import ModelFacts
+
+
+class Step(NamedTuple):
+    """Milliseconds of one decode step, and what they are spent on most."""
+
+    ms: float
+    bound: str
+
+
+def without_time(form: Form, model: ModelFacts, gpu: Gpu, calibration: Calibration) -> str | None:
+    """None where times of a form can be predicted for a model on a card, else why not."""
+    if gpu.capability == 0 or gpu.dense_tflops is None:
+        return "no engine was measured on a CPU"
+    if not form.serves:
+        return "not a form of an engine"
+    if form.kind == "pages" and gpu.capability < KERNELS_FROM:
+        return f"its kernels need compute capability {KERNELS_FROM}"
+    if form.kind == "pages" and model.soft_capped:
+        return "the plugin refuses soft-capped scores"
+    if form == FP8 and gpu.capability < FP8_FROM:
+        return f"needs compute capability {FP8_FROM}"
+    return None if calibration.fit(form) else "was not measured"
+
+
+def decode_step(
+    form: Form, model: ModelFacts, gpu: Gpu, calibration: Calibration, batch: int, tokens: int, weight_bits: float
+) -> Step:
+    """One new token of ``batch`` sequences that hold ``tokens`` tokens each. `without_time` must be None."""
+    fit, plain = calibration.attention[form.name], calibration.attention[BF16.name]
+    active = model.active_parameters(batch)
+    reading = active * weight_bits / 8 / (gpu.bandwidth * plain.share_of_bandwidth)
+    multiplying = 2 * _read_per_token(model) * batch / (_tflops(gpu) * 1e12 * calibration.prefill_share)
+    rest = model.layers * calibration.layer_us * 1e-6
+    cache = sum(
+        count * _attention(form, fit if window is None else plain, model, gpu, calibration, batch, tokens, window)
+        for window, count in model.kinds.items()
+    )
+    device = max(reading, multiplying) + rest + cache
+    host = calibration.host_ms * 1e-3
+    parts = {"weights": reading, "compute": multiplying, "cache": cache, "launches": rest}
+    return Step(max(device, host) * 1e3, "host" if host >= device else max(parts, key=lambda name: parts[name]))
+
+
+def _attention(
+    form: Form, fit: Fit, model: ModelFacts, gpu: Gpu, calibration: Calibration, batch: int, tokens: int,
+    window: int | None,
+) -> float:  # fmt: skip
+    """Seconds of one layer."""
+    reading = batch * read_bytes(form, model, tokens, window) / (gpu.bandwidth * fit.share_of_bandwidth)
+    if form.kind == "plain" or window is not None:
+        return fit.latency_us * 1e-6 + reading
+    units = batch * model.kv_heads * calibration.unit_us * 1e-6
+    return (fit.latency_us + calibration.append_us) * 1e-6 + max(reading, units)
+
+
+def prompt_seconds(model: ModelFacts, gpu: Gpu, calibration: Calibration, tokens: int) -> float:
+    """Reading a prompt; the way to store the cache changes nothing in it."""
+    return prompt_flops(model, tokens) / (_tflops(gpu) * 1e12 * calibration.prefill_share)
+
+
+def prompt_flops(model: ModelFacts, tokens: int) -> float:
+    """Floating-point operations of a prompt: two for each parameter and token, four for each score and channel."""
+    width = 4 * model.query_heads * model.head_dim
+    scores = sum(width * count * _seen(tokens, window) for window, count in model.kinds.items())
+    return 2 * _read_per_token(model) * tokens + scores
+
+
+def _seen(tokens: int, window: int | None) -> float:
+    """Pairs of a token and one that it sees."""
+    if window is None or window >= tokens:
+        return tokens * (tokens + 1) / 2
+    return window * (window + 1) / 2 + (tokens - window) * window
+
+
+def _read_per_token(model: ModelFacts) -> float:
+    return model.active_parameters(1)
+
+
+def _tflops(gpu: Gpu) -> float:
+    assert gpu.dense_tflops is not None  # `without_time` has said why where it is
+    return gpu.dense_tflops
