@@ -44,6 +44,8 @@ class Kept:
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece in self._pieces)
 
+    # Without gradients, and the same whether or not the step is in inference mode.
+    @torch.inference_mode()
     def append(self, key: Tensor, value: Tensor) -> bool:
         """Add ``[tokens, head_dim]``; False, with nothing held any more, where the bound does not admit them."""
         count, dim = key.shape

@@ -86,7 +86,7 @@ class Watcher:
         self.skip("memory", f"more than {self.settings.memory_mib:g} MiB of exact K and V")
         return False
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def check(
         self,
         kept: Kept,
