@@ -13,6 +13,7 @@ from turboattention.cli.generate import generate
 from turboattention.cli.options import examples
 from turboattention.cli.plan import plan
 from turboattention.cli.serve import serve
+from turboattention.cli.watch import watch
 from turboattention.errors import InvalidInputError
 
 NAME = "turboattention"
@@ -75,6 +76,13 @@ app.command(
         "turboattention serve ./model --policy policy.json --tensor-parallel-size 2 --show",
     ),
 )(serve)
+app.command(
+    epilog=examples(
+        "turboattention watch --metrics-url http://127.0.0.1:8000/metrics",
+        "turboattention watch --metrics-url http://gpu1:8000/metrics --limit relative_error=0.15:0.1 --webhook @hook.txt",
+        "turboattention watch --metrics-url http://gpu1:8000/metrics --reads 40 --interval 15 --json canary.json",
+    )
+)(watch)
 
 
 def run(arguments: Sequence[str]) -> int:
