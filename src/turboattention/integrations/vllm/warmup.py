@@ -68,7 +68,9 @@ def _lengths(batch: int, before: int, new: int, row: int, table: Tensor) -> Leng
     """Sequences of ``before`` and ``new`` tokens, all in the same row and the same blocks."""
     after = before + new
     paged = (before + min(new, 1) if new < PAGE_TOKENS else after) // PAGE_TOKENS * PAGE_TOKENS
-    numbers = (before, after, before // PAGE_TOKENS * PAGE_TOKENS, paged, new, row, 0)
-    columns = [torch.full((batch,), x, dtype=torch.int32, device=table.device) for x in numbers]
-    none = torch.zeros_like(columns[0])
-    return Lengths(*columns, table=table[:batch], fault=none)
+    numbers = {
+        "before": before, "after": after, "paged_before": before // PAGE_TOKENS * PAGE_TOKENS, "paged_after": paged,
+        "counts": new, "rows": row, "sinks": 0, "fault": 0,
+    }  # fmt: skip
+    columns = {name: torch.full((batch,), x, dtype=torch.int32, device=table.device) for name, x in numbers.items()}
+    return Lengths(**columns, table=table[:batch])
