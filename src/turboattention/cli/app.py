@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
+from turboattention.cli.ab import ab
 from turboattention.cli.bench import bench
 from turboattention.cli.calibrate import calibrate
 from turboattention.cli.compare import compare
@@ -83,6 +84,14 @@ app.command(
         "turboattention watch --metrics-url http://gpu1:8000/metrics --reads 40 --interval 15 --json canary.json",
     )
 )(watch)
+app.command(
+    epilog=examples(
+        "turboattention ab --baseline http://old:8000 --candidate http://new:8000 --requests asked.jsonl --out pilot",
+        "turboattention ab --baseline preset:16-bit --candidate preset:turbo4 --samples 12 --out try",
+        "turboattention ab --baseline http://old:8000 --candidate http://new:8000 --baseline-key-env OLD_KEY "
+        "--max-score-drop 0.02 --max-tpot-ratio 1.1 --max-error-rate 0.01 --out pilot",
+    )
+)(ab)
 
 
 def run(arguments: Sequence[str]) -> int:

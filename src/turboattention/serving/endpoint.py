@@ -24,14 +24,6 @@ _FEATURES = (("logprobs", "usage"), ("usage",), ("logprobs",), ())
 _REFUSALS = (400, 404, 422, 500, 501)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; the same for both sides."""
-
-    temperature: float = 0.0
-    seed: int = 0
-
-
 @dataclass
 class Endpoint:
     """One server.
@@ -49,7 +41,8 @@ class Endpoint:
     api: Api | Literal["auto"] = "auto"
     timeout_s: float = 120.0
     concurrency: int = 4
-    sampling: Sampling = Sampling()
+    temperature: float = 0.0
+    seed: int = 0
     logprobs: bool = True
     features: tuple[str, ...] = ()
     client: httpx2.AsyncClient = field(init=False, repr=False)
@@ -159,8 +152,8 @@ class Endpoint:
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": request.max_tokens,
-            "temperature": self.sampling.temperature,
-            "seed": self.sampling.seed,
+            "temperature": self.temperature,
+            "seed": self.seed,
             "stream": True,
         }
         if "usage" in self.features:

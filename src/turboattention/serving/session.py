@@ -10,7 +10,6 @@ from turboattention.errors import TurboAttentionError
 from turboattention.evaluation.environment import environment
 from turboattention.serving.analyse import analyse
 from turboattention.serving.answer import Side
-from turboattention.serving.endpoint import Sampling
 from turboattention.serving.limits import Limits
 from turboattention.serving.prompts import BadLine, Request, fingerprint
 from turboattention.serving.result import ABResult
@@ -24,7 +23,8 @@ from turboattention.serving.store import DiskError, Store
 class Settings:
     """What both sides share. timeout_s: for a whole answer; concurrency: requests in flight; warm_up: requests."""
 
-    sampling: Sampling = Sampling()
+    temperature: float = 0.0
+    seed: int = 0
     concurrency: int = 4
     timeout_s: float = 120.0
     warm_up: int = 2

@@ -1,7 +1,8 @@
 """The folder of a run: what was asked, one line an answer as it comes, and the way to go on after a crash.
 
-``run.json``: sides, settings and limits, which must not change when a run goes on, and which models were found. ``requests.jsonl``: what was asked.
-``answers.jsonl``: one answer a line. ``pairs.jsonl``: both texts of each sample, written when a run ends.
+``run.json``: sides, settings and limits, which must not change when a run goes on, and which models were found.
+``requests.jsonl``: what was asked. ``answers.jsonl``: one answer a line. ``pairs.jsonl``: both texts of each sample,
+written when a run ends.
 """
 
 import fcntl

@@ -1,0 +1,80 @@
+"""Pairs of answers from JSON lines, as ``turboattention ab`` writes them."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turboattention.errors import InvalidInputError, invalid
+
+SIDES = ("baseline", "candidate")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One sample: what was asked, and both answers."""
+
+    id: str
+    prompt: str
+    baseline: str
+    candidate: str
+
+
+@dataclass(frozen=True)
+class PairFile:
+    """pairs: by id, in the order of the file. bad_lines: what was left out and why, by number."""
+
+    pairs: dict[str, Pair]
+    bad_lines: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells another set of pairs from this one."""
+        rows = [[pair.id, pair.prompt, pair.baseline, pair.candidate] for pair in self.pairs.values()]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def read_pairs(path: Path) -> PairFile:
+    """Lines ``{"id", "prompt", "baseline": {"text"}, "candidate": {"text"}}``; other keys are for others.
+
+    Malformed lines are left out and named in ``bad_lines``. Raises InvalidInputError for a file that cannot be read, an
+    id that two good lines have, and a file without a good line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise invalid("pairs", "a readable file of JSON lines", f"{path} ({error.strerror})") from error
+    pairs: dict[str, Pair] = {}
+    numbers: dict[str, int] = {}
+    bad = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            pair = _pair(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            reason = "not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
+            bad.append(f"line {number}: {reason}")
+            continue
+        if pair.id in pairs:
+            raise invalid(f"{path}: id", "each once", f"{pair.id!r} in lines {numbers[pair.id]} and {number}")
+        pairs[pair.id], numbers[pair.id] = pair, number
+    if not pairs:
+        raise InvalidInputError(f"{path}: expected at least one pair, received {'; '.join(bad[:3]) or 'an empty file'}")
+    return PairFile(pairs, tuple(bad))
+
+
+def _pair(row: Any) -> Pair:
+    if not isinstance(row, dict):
+        raise invalid("pair", "an object", type(row).__name__)
+    found = {"id": row.get("id"), "prompt": row.get("prompt")}
+    for side in SIDES:
+        answer = row.get(side)
+        found[side] = answer.get("text") if isinstance(answer, dict) else None
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise invalid(f"{name}.text" if name in SIDES else name, "text", repr(value)[:80])
+    if not found["id"]:
+        raise invalid("id", "text that is not empty", "''")
+    return Pair(**found)

@@ -1,0 +1,67 @@
+"""Listens on an address and serves the page until it is interrupted."""
+
+import ipaddress
+import socket
+from collections.abc import Callable, Sequence
+
+from turboattention.errors import invalid
+from turboattention.serving.review.app import create_app
+from turboattention.serving.review.pairs import PairFile
+from turboattention.serving.review.store import Store
+
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; raises InvalidInputError with the reason. Port 0: any free one."""
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(kind, socket.SOCK_STREAM)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen()
+        except OSError:
+            bound.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise invalid(
+            "--host and --port", "an address of this machine with a free port", f"{host}:{port} ({reason})"
+        ) from error
+    return bound
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def host_headers(host: str, port: int, allowed: Sequence[str]) -> frozenset[str]:
+    """What browsers may call this server, with the port.
+
+    Raises InvalidInputError for an address that stands for every one of the machine without names to be called by.
+    """
+    names = [f"[{host}]" if ":" in host else host]
+    if is_loopback(host):
+        names += LOOPBACK_NAMES
+    elif host in ("0.0.0.0", "::", ""):
+        if not allowed:
+            raise invalid("--allow-host", f"the name that raters will type, because --host is {host}", "none")
+        names = []
+    found = [f"{name}:{port}".lower() for name in (*names, *allowed)]
+    return frozenset(found + ([name.lower() for name in (*names, *allowed)] if port == 80 else []))
+
+
+def serve(store: Store, file: PairFile, bound: socket.socket, hosts: frozenset[str], ready: Callable[[], None]) -> None:
+    """Until SIGINT or SIGTERM; ``ready`` is called before the first request is taken."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        create_app(store, file, hosts), log_level="warning", access_log=False, server_header=False, proxy_headers=False
+    )
+    ready()
+    uvicorn.Server(config).run(sockets=[bound])
