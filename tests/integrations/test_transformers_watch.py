@@ -1,4 +1,4 @@
-"""The watch of a transformers model: answers stay the same to the bit, faults are found where they are, responses act."""
+"""The watch of transformers: answers are the same to the bit, faults are found where they are, responses act."""
 
 import gc
 import logging
