@@ -17,6 +17,7 @@ from turboattention.cli.options import (
     to_json,
 )
 from turboattention.cli.requirements import require
+from turboattention.errors import TurboAttentionError
 from turboattention.report.files import write_atomic
 from turboattention.report.words import printable
 
@@ -120,7 +121,12 @@ def ab(
         sides = make_sides(specs, settings, api, asked, load)
         secrets = tuple(key for key in keys if key is not None)
         outcome = run_ab(out, sides, asked, limits, settings, bad, secrets, retry_errors, progress)
-    _report(outcome.result, out, json_path, str(context.obj))
+    try:
+        _report(outcome.result, out, json_path, str(context.obj))
+    except TurboAttentionError:
+        if outcome.stopped_by is None:
+            raise
+        _say("the report of what was answered could not be written; the answers are kept")
     if outcome.stopped_by is not None:
         raise outcome.stopped_by
     raise typer.Exit(STATUS[outcome.result.verdict])

@@ -171,8 +171,8 @@ def _errors(side: SideResult) -> str:
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
+    for number, name in enumerate(header):
+        table.add_column(name, overflow="fold", no_wrap=not number and header == LIMITS_HEADER)
     for line in lines:
         table.add_row(*map(Text, line))
     return table

@@ -85,7 +85,7 @@ class Limits:
 
 
 def _negative(value: Measured | None) -> Measured | None:
-    return None if value is None else Measured(-value.value, -value.high, -value.low, value.samples)
+    return None if value is None else Measured(0.0 - value.value, 0.0 - value.high, 0.0 - value.low, value.samples)
 
 
 def verdict(checks: list[Check]) -> Verdict:

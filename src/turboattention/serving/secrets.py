@@ -1,5 +1,6 @@
 """Keys of endpoints: read from a file or a named environment variable, shown to nobody."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,8 @@ def hide(data: Any, secrets: Sequence[Secret]) -> Any:
     """``data`` (JSON-like) with every occurrence of a key in its texts replaced."""
     if isinstance(data, str):
         for secret in secrets:
-            data = data.replace(secret.value, HIDDEN)
+            for spelling in (secret.value, json.dumps(secret.value)[1:-1]):  # a server may quote it as JSON
+                data = data.replace(spelling, HIDDEN)
         return data
     if isinstance(data, dict):
         return {key: hide(value, secrets) for key, value in data.items()}
