@@ -37,7 +37,7 @@ class Rater(BaseModel):
 class Judged(Rater):
     """position: of the pair in the rater's order, as it was shown."""
 
-    position: int
+    position: Annotated[int, Field(ge=0, lt=2**31)]
     choice: str
 
 
@@ -124,4 +124,5 @@ def create_app(store: Store, file: PairFile, hosts: Collection[str]) -> FastAPI:
 
 
 def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": message}, status)
+    whole = message.encode("utf-8", "replace").decode()  # what was sent may hold halves of characters
+    return JSONResponse({"error": whole}, status)

@@ -68,13 +68,20 @@ def read_pairs(path: Path) -> PairFile:
 def _pair(row: Any) -> Pair:
     if not isinstance(row, dict):
         raise invalid("pair", "an object", type(row).__name__)
-    found = {"id": row.get("id"), "prompt": row.get("prompt")}
-    for side in SIDES:
-        answer = row.get(side)
-        found[side] = answer.get("text") if isinstance(answer, dict) else None
-    for name, value in found.items():
-        if not isinstance(value, str):
-            raise invalid(f"{name}.text" if name in SIDES else name, "text", repr(value)[:80])
-    if not found["id"]:
+    answers = {side: row.get(side) for side in SIDES}
+    texts = {side: answer.get("text") if isinstance(answer, dict) else None for side, answer in answers.items()}
+    pair = Pair(
+        _text("id", row.get("id")), _text("prompt", row.get("prompt")),
+        *(_text(f"{side}.text", text) for side, text in texts.items()),
+    )  # fmt: skip
+    if not pair.id:
         raise invalid("id", "text that is not empty", "''")
-    return Pair(**found)
+    return pair
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise invalid(name, "text", repr(value)[:80])
+    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can spell halves of characters
+        raise invalid(name, "Unicode text", "half of a surrogate pair")
+    return value

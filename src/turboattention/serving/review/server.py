@@ -2,7 +2,9 @@
 
 import ipaddress
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+import uvicorn
 
 from turboattention.errors import invalid
 from turboattention.serving.review.app import create_app
@@ -56,12 +58,9 @@ def host_headers(host: str, port: int, allowed: Sequence[str]) -> frozenset[str]
     return frozenset(found + ([name.lower() for name in (*names, *allowed)] if port == 80 else []))
 
 
-def serve(store: Store, file: PairFile, bound: socket.socket, hosts: frozenset[str], ready: Callable[[], None]) -> None:
-    """Until SIGINT or SIGTERM; ``ready`` is called before the first request is taken."""
-    import uvicorn
-
-    config = uvicorn.Config(
-        create_app(store, file, hosts), log_level="warning", access_log=False, server_header=False, proxy_headers=False
+def make_server(store: Store, file: PairFile, hosts: frozenset[str]) -> uvicorn.Server:
+    """``run(sockets=[...])`` serves until SIGINT or SIGTERM."""
+    app = create_app(store, file, hosts)
+    return uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, proxy_headers=False)
     )
-    ready()
-    uvicorn.Server(config).run(sockets=[bound])

@@ -152,7 +152,7 @@ class Store:
         return Place(total, total, None, False) if row is None else Place(row[0], total, row[1], bool(row[2]))
 
     def judge(self, rater: str, position: int, choice: str) -> None:
-        """Store a choice. Raises InvalidInputError for a pair that was judged already: two windows, or a double click."""
+        """Store a choice. Raises InvalidInputError for a pair that is judged already, as two windows do."""
         rater = check_rater(rater)
         if choice not in CHOICES:
             raise invalid("choice", f"one of {', '.join(CHOICES)}", repr(choice)[:80])
