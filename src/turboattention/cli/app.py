@@ -13,6 +13,7 @@ from turboattention.cli.doctor import doctor
 from turboattention.cli.generate import generate
 from turboattention.cli.options import examples
 from turboattention.cli.plan import plan
+from turboattention.cli.review import review
 from turboattention.cli.serve import serve
 from turboattention.cli.watch import watch
 from turboattention.errors import InvalidInputError
@@ -69,6 +70,13 @@ app.command(
         "turboattention plan config.json --gpu RTX4090 --weight-bits 4.5 --batch 8 --price 0.50",
     )
 )(plan)
+app.command(
+    epilog=examples(
+        "turboattention review run/pairs.jsonl --data review.sqlite",
+        "turboattention review run/pairs.jsonl --data review.sqlite --results --json review.json --markdown review.md",
+        "turboattention review run/pairs.jsonl --data review.sqlite --host 0.0.0.0 --allow-host box.example",
+    )
+)(review)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     epilog=examples(
