@@ -58,8 +58,8 @@ def serving_rows() -> list[dict[str, str]]:
 
 
 def measured_ms(row: dict[str, str]) -> float:
-    """Median time of an output token without the first run."""
-    runs = [float(x) for x in row["tpot_all_ms"].split()]
+    """Median time of a decode step without the first run; of an output token in rows without steps."""
+    runs = [float(x) for x in (row["step_all_ms"] or row["tpot_all_ms"]).split()]
     return statistics.median(runs[1:] or runs)
 
 
@@ -71,8 +71,8 @@ def shape(layers: int) -> ModelFacts:
 
 
 def middle(row: dict[str, str]) -> int:
-    """Tokens of a sequence in the middle of its answer."""
-    return int(row["prompt_tokens"]) + OUTPUT // 2
+    """Tokens of a sequence in the middle of what `measured_ms` measured."""
+    return int(row["prompt_tokens"]) + OUTPUT // 2 + (OUTPUT if row["step_all_ms"] else 0)
 
 
 def line(points: list[tuple[float, float]], bandwidth: float) -> Fit:

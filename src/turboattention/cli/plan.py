@@ -13,6 +13,7 @@ from turboattention.errors import invalid
 from turboattention.report.files import write_atomic
 
 WIDTH = 140  # of a table in a file or a pipe
+LONG_PROMPT = 8192
 
 
 def plan(
@@ -23,7 +24,9 @@ def plan(
     gpus: Annotated[
         Path | None, typer.Option("--gpus", metavar="FILE", help="A table of cards instead of the package's.")
     ] = None,
-    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of a prompt.")] = 8192,
+    prompt: Annotated[
+        int | None, typer.Option("--prompt", help="Tokens of a prompt; default: 8192, or as many as the model takes.")
+    ] = None,
     output: Annotated[int, typer.Option("--output", help="Tokens of an answer.")] = 512,
     batch: Annotated[
         int | None, typer.Option("--batch", help="Requests at once; default: as many as fit in 16 bits.")
@@ -60,7 +63,8 @@ def plan(
             "none", "for example --weight-bits 4.5 for groups of 32 at 4 bits, 8 for FP8",
         )  # fmt: skip
     bits = 16.0 if weight_bits is None else weight_bits
-    result = make(facts, card, Workload(prompt, output, batch, max_batch, bits, memory_share))
+    asked = max(1, min(LONG_PROMPT, facts.context - output)) if prompt is None else prompt
+    result = make(facts, card, Workload(asked, output, batch, max_batch, bits, memory_share))
     if json_path:
         write_atomic(json_path, to_json(result.to_dict()))
     console = Console()
