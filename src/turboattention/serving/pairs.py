@@ -128,10 +128,10 @@ def curves(pairs: Sequence[Pair]) -> Curves:
     sides = {"baseline": [pair.before for pair in whole], "candidate": [pair.after for pair in whole]}
     longest = max((len(answer.text) for answers in sides.values() for answer in answers), default=0)
     ends = [math.inf if one.same else one.prefix for pair in whole if (one := pair.agreement)]
-    steps = list(range(0, longest + _CURVE_STEP, _CURVE_STEP))
+    steps = list(range(0, longest + _CURVE_STEP, _CURVE_STEP)) if ends else []
     return Curves(
         ttft_ms={side: sorted(ttft_ms(answers)) for side, answers in sides.items()},
         tpot_ms={side: sorted(tpot_ms(answers)) for side, answers in sides.items()},
         characters=steps,
-        agreeing=[sum(end >= step for end in ends) / len(ends) for step in steps] if ends else [],
+        agreeing=[sum(end >= step for end in ends) / len(ends) for step in steps],
     )
