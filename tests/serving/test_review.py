@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("scipy")
 
+from fake_server import Fake, numbered, running
 from fastapi.testclient import TestClient
 
 from turboattention.cli.main import main
@@ -25,7 +26,8 @@ from turboattention.report.review import render_review
 from turboattention.serving.review import store as store_module
 from turboattention.serving.review.analyse import alpha, analyse, wilson
 from turboattention.serving.review.app import LONGEST_BODY, create_app
-from turboattention.serving.review.pairs import PairFile, read_pairs
+from turboattention.serving.review.pairs import PairFile, check_same_pairs, read_pairs
+from turboattention.serving.review.result import ReviewResult
 from turboattention.serving.review.server import host_headers, listen
 from turboattention.serving.review.store import Judgement, Store, StoreError, assign
 
@@ -253,7 +255,7 @@ def test_what_judgements_say(pairs: Path) -> None:
     assert interval[1:3] == pytest.approx((0.4902, 0.9433), abs=1e-4)
     empty = analyse(file, [], "pairs.jsonl", 3)
     assert (empty.preferred, empty.net, empty.agreement) == (None, None, None)
-    assert "0 of 5 pairs judged" in render_review(empty)
+    assert "| pairs judged | 0 of 5; 0 judgements, 0 raters |" in render_review(empty)
 
 
 def test_the_command_prints_results(
@@ -272,6 +274,8 @@ def test_the_command_prints_results(
     assert "\\<b\\>\\|Ann\\|\\</b\\>" in captured.out
     assert "line 6: not JSON" in captured.err
     assert "line 6: not JSON" in captured.out
+    loaded = ReviewResult.load(out)
+    assert loaded == analyse(read_pairs(pairs), store.judgements(), pairs.name, 3)
     data = json.loads(out.read_text())
     assert (data["judged"], data["pairs"], data["schema"]) == (1, 5, 1)
     for arguments, words in (
@@ -283,6 +287,34 @@ def test_the_command_prints_results(
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_judgements_go_into_the_report_of_the_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """From `ab` through judgements back to its report, for which no server is asked again."""
+    asked, out, review = tmp_path / "asked.jsonl", tmp_path / "run", tmp_path / "review.json"
+    asked.write_text("".join(json.dumps({"id": f"q{i}", "prompt": f"say w{i}"}) + "\n" for i in range(4)))
+    with running(Fake()) as first, running(Fake(answer=lambda prompt: [*numbered(prompt)[:-1], " off"])) as second:
+        sides = ["--baseline", first.url, "--candidate", second.url]
+        run = ["ab", *sides, "--requests", str(asked), "--out", str(out)]
+        assert main(run) == 0
+    data = tmp_path / "review.sqlite"
+    with Store(data, read_pairs(out / "pairs.jsonl"), 0) as store:
+        for rater in ("Ann", "Bob"):
+            while (place := store.place(rater)).pair is not None:
+                store.judge(rater, place.position, "right" if place.candidate_left else "left")
+    assert main(["review", str(out / "pairs.jsonl"), "--data", str(data), "--results", "--json", str(review)]) == 0
+    capsys.readouterr()
+    assert main([*run, "--review", str(review)]) == 0
+    row = "4 of 4; 8 judgements, 2 raters"
+    shown = capsys.readouterr().out, (out / "report.md").read_text(), (out / "report.html").read_text()
+    for text in shown:
+        assert row in text
+        assert "0.0% (0.0% to 49.0%; 4)" in text
+    with pytest.raises(InvalidInputError, match="those of other pairs"):
+        check_same_pairs("0" * 64, out / "pairs.jsonl")
+    review.write_text("{}")
+    assert main([*run, "--review", str(review)]) == 2
+    assert "the JSON of turboattention review" in capsys.readouterr().err
 
 
 def test_the_command_serves_until_it_is_interrupted(

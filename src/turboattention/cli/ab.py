@@ -24,6 +24,7 @@ from turboattention.report.words import printable
 if TYPE_CHECKING:
     from turboattention.integrations.models import LoadedModel
     from turboattention.serving.result import ABResult
+    from turboattention.serving.review.result import ReviewResult
 
 STATUS = {"pass": 0, "no limits": 0, "fail": 1, "not enough data": 3}
 _SIDE = "http://HOST:PORT of an OpenAI-compatible server, preset:NAME, policy:FILE, or preset:16-bit."
@@ -73,6 +74,9 @@ def ab(
     ] = None,
     min_samples: Annotated[int, typer.Option("--min-samples", help="With fewer there is no verdict.")] = 20,
     confidence: Annotated[float, typer.Option("--confidence", help="Of all intervals.")] = 0.95,
+    review: Annotated[
+        Path | None, typer.Option("--review", metavar="JSON", help="Of review --results, for the reports.")
+    ] = None,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again what failed before.")] = False,
     model: Annotated[
         str, typer.Option("--model", metavar="NAME_OR_PATH", help="Of preset:NAME and policy:FILE.")
@@ -88,8 +92,11 @@ def ab(
     from turboattention.serving.choose import Spec, make_sides
     from turboattention.serving.limits import Limits
     from turboattention.serving.prompts import bundled_requests, read_requests
+    from turboattention.serving.review.result import ReviewResult
     from turboattention.serving.secrets import read_key
     from turboattention.serving.session import Settings, run_ab
+
+    judged = None if review is None else ReviewResult.load(review)
 
     limits = Limits(
         max_score_drop, min_agreement, max_error_rate, max_ttft_ratio, max_tpot_ratio, max_length_drift,
@@ -122,7 +129,7 @@ def ab(
         secrets = tuple(key for key in keys if key is not None)
         outcome = run_ab(out, sides, asked, limits, settings, bad, secrets, retry_errors, progress)
     try:
-        _report(outcome.result, out, json_path, str(context.obj))
+        _report(outcome.result, out, json_path, str(context.obj), judged)
     except TurboAttentionError:
         if outcome.stopped_by is None:
             raise
@@ -132,14 +139,18 @@ def ab(
     raise typer.Exit(STATUS[outcome.result.verdict])
 
 
-def _report(result: "ABResult", out: Path, json_path: Path | None, command: str) -> None:
+def _report(result: "ABResult", out: Path, json_path: Path | None, command: str, review: "ReviewResult | None") -> None:
     from turboattention.report.ab import markdown, print_ab
     from turboattention.report.ab_page import render_ab
+    from turboattention.serving.review.pairs import check_same_pairs
+    from turboattention.serving.store import PAIRS
 
-    print_ab(result, Console())
+    if review is not None:
+        check_same_pairs(review.fingerprint, out / PAIRS)
+    print_ab(result, Console(), review)
     data = to_json(result.to_dict())
-    outputs = {out / "result.json": data, out / "report.md": markdown(result, command)}
-    outputs[out / "report.html"] = render_ab(result, command)
+    outputs = {out / "result.json": data, out / "report.md": markdown(result, command, review)}
+    outputs[out / "report.html"] = render_ab(result, command, review)
     for path, text in (outputs | ({json_path: data} if json_path else {})).items():
         write_atomic(path, text)
         _say(f"wrote {path}")

@@ -9,8 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from turboattention.report.figures import small
+from turboattention.report.review import review_rows
 from turboattention.report.words import printable
 from turboattention.serving.result import ABResult, Check, Measured, SideResult, Spread
+from turboattention.serving.review.result import ReviewResult
 
 VERDICTS = {
     "pass": "Pass: every limit holds.",
@@ -19,6 +21,7 @@ VERDICTS = {
     "no limits": "No limits were set, so there is no verdict.",
 }
 
+REVIEW_HEADER = ("judged blind by people", "value (95 % interval; count)")
 LIMITS_HEADER = ("limit", "value", "measured", "outcome", "why")
 
 
@@ -102,8 +105,8 @@ def note(result: ABResult) -> str:
     )
 
 
-def print_ab(result: ABResult, console: Console) -> None:
-    """Everything but the texts."""
+def print_ab(result: ABResult, console: Console, review: ReviewResult | None = None) -> None:
+    """Everything but the texts; ``review``: what people said of the same pairs."""
     for number, text in enumerate(headline(result)):
         console.print(Text(text, style="" if number else "bold"))
     sides = (side_name(side.description) for side in (result.baseline, result.candidate))
@@ -112,11 +115,13 @@ def print_ab(result: ABResult, console: Console) -> None:
         console.print(_table(LIMITS_HEADER, map(cells, result.checks)))
     console.print(_table(("", "baseline", "candidate", "candidate against baseline"), rows(result)))
     console.print(Text(note(result), style="dim"))
+    if review is not None:
+        console.print(_table(REVIEW_HEADER, review_rows(review)))
     for remark in remarks(result):
         console.print(Text(f"- {remark}"))
 
 
-def markdown(result: ABResult, command: str) -> str:
+def markdown(result: ABResult, command: str, review: ReviewResult | None = None) -> str:
     """The same, without the texts and the plots, which are in the page."""
     first, *others = headline(result)
     parts = [f"# {_plain(first)}", *map(_plain, others)]
@@ -126,6 +131,8 @@ def markdown(result: ABResult, command: str) -> str:
         parts.append(_markdown_table(LIMITS_HEADER, map(cells, result.checks)))
     parts.append(_markdown_table(("", "baseline", "candidate", "candidate against baseline"), rows(result)))
     parts.append(note(result))
+    if review is not None:
+        parts.append(_markdown_table(REVIEW_HEADER, review_rows(review)))
     if remarks(result):
         parts.append("\n".join(f"- {_plain(remark)}" for remark in remarks(result)))
     parts.append("Command:\n\n    " + " ".join(printable(command).split()))

@@ -5,10 +5,12 @@ from typing import Any
 from markupsafe import Markup
 
 from turboattention.report import ab_plots as plots
-from turboattention.report.ab import LIMITS_HEADER, cells, headline, note, remarks, rows, side_name
+from turboattention.report.ab import LIMITS_HEADER, REVIEW_HEADER, cells, headline, note, remarks, rows, side_name
 from turboattention.report.html import render_page, rows_of
+from turboattention.report.review import review_rows
 from turboattention.report.words import mark_differences, printable
 from turboattention.serving.result import ABResult, Flip
+from turboattention.serving.review.result import ReviewResult
 
 KINDS = {
     "lost": "Right with the baseline, wrong with the candidate",
@@ -18,8 +20,8 @@ KINDS = {
 _SHOWN = 900  # characters of a prompt: its end is what the answers go on with
 
 
-def render_ab(result: ABResult, command: str) -> str:
-    """The page; ``command`` is the command line that made the result."""
+def render_ab(result: ABResult, command: str, review: ReviewResult | None = None) -> str:
+    """The page; ``command`` is the command line that made the result, ``review`` what people said of the same pairs."""
     curves = result.curves
     return render_page(
         "ab.html",
@@ -30,6 +32,8 @@ def render_ab(result: ABResult, command: str) -> str:
         checks=[cells(check) for check in result.checks],
         rows=rows(result),
         note=note(result),
+        review_header=REVIEW_HEADER,
+        review=[] if review is None else review_rows(review),
         remarks=remarks(result),
         command=printable(command),
         environment=[*rows_of(result.environment), *rows_of(_without_limits(result.settings))],

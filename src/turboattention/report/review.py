@@ -4,23 +4,28 @@ from turboattention.report.words import printable
 from turboattention.serving.review.result import Counts, ReviewResult
 
 
-def render_review(result: ReviewResult) -> str:
-    """Figures with 95 % intervals, then counts by rater."""
-    rows = [
+def review_rows(result: ReviewResult) -> list[tuple[str, str]]:
+    """What was judged, then figures with 95 % intervals."""
+    raters = len(result.raters)
+    return [
+        ("pairs judged", f"{result.judged} of {result.pairs}; {result.counts.total} judgements, {raters} raters"),
         ("pairs whose winner is the candidate", _share(result.preferred)),
         ("pairs where the candidate is not worse", _share(result.not_worse)),
         ("net preference (-1 to 1, above 0: candidate)", _number(result.net)),
         ("as many pairs for either side, p", "-" if result.sign_p is None else f"{result.sign_p:.3g}"),
         ("judgements that call both bad", f"{result.both_bad:.1%}"),
         ("agreement between raters (Krippendorff's alpha)", _number(result.agreement)),
-        ("judgements for the left side (0.5: no bias)", _share(result.left)),
+        ("judgements for the left side (50 %: no bias)", _share(result.left)),
     ]
+
+
+def render_review(result: ReviewResult) -> str:
+    """Figures, then counts by rater."""
     lines = [
         "# Blind review", "",
-        f"{_cell(result.source)}: {result.judged} of {result.pairs} pairs judged, {result.counts.total} judgements by "
-        f"{len(result.raters)} raters; sides shuffled with seed {result.seed}.", "",
+        f"{_cell(result.source)}; sides shuffled with seed {result.seed}.", "",
         "| figure | value (95 % interval; count) |", "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows), "",
+        *(f"| {name} | {value} |" for name, value in review_rows(result)), "",
         "| rater | candidate better | baseline better | tie | both bad |", "|---|---|---|---|---|",
         *(_counts(rater, counts) for rater, counts in result.raters.items()), _counts("all", result.counts),
     ]  # fmt: skip

@@ -49,6 +49,7 @@ def analyse(file: PairFile, judgements: Sequence[Judgement], source: str, seed: 
         left=wilson(sides.count("left"), len(sides)),
         bad_lines=file.bad_lines,
         source=source,
+        fingerprint=file.fingerprint,
         seed=seed,
     )
 

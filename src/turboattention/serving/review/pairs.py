@@ -85,3 +85,9 @@ def _text(name: str, value: Any) -> str:
     if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can spell halves of characters
         raise invalid(name, "Unicode text", "half of a surrogate pair")
     return value
+
+
+def check_same_pairs(fingerprint: str, path: Path) -> None:
+    """Raise InvalidInputError unless the pairs in ``path`` are those with this fingerprint."""
+    if read_pairs(path).fingerprint != fingerprint:
+        raise invalid("review", f"judgements of the pairs in {path}", "those of other pairs")

@@ -1,8 +1,11 @@
 """What a review found, as plain data."""
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from turboattention.errors import invalid
 from turboattention.serving.result import Measured
 
 SCHEMA = 1
@@ -35,6 +38,7 @@ class ReviewResult:
         without such pairs or where all labels are alike.
     left: share of the left side among judgements with a winner, Wilson's interval; far from 0.5 says that the place of
         an answer decides.
+    source, fingerprint: name and content of the pairs.
     """
 
     pairs: int
@@ -50,6 +54,7 @@ class ReviewResult:
     left: Measured | None
     bad_lines: tuple[str, ...]
     source: str
+    fingerprint: str
     seed: int
     schema: int = SCHEMA
 
@@ -57,3 +62,18 @@ class ReviewResult:
         """JSON-ready."""
         data = asdict(self)
         return {"schema": data.pop("schema"), **data}
+
+    @classmethod
+    def load(cls, path: Path) -> "ReviewResult":
+        """What ``review --results --json`` wrote; raises InvalidInputError for anything else."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("schema") != SCHEMA:
+                raise ValueError(f"another schema than {SCHEMA}")
+            for name in ("preferred", "net", "not_worse", "agreement", "left"):
+                data[name] = None if data[name] is None else Measured(*data[name])
+            data["counts"] = Counts(**data["counts"])
+            data["raters"] = {str(rater): Counts(**counts) for rater, counts in data["raters"].items()}
+            return cls(**data | {"bad_lines": tuple(map(str, data["bad_lines"]))})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise invalid("review", "the JSON of turboattention review --results", f"{path} ({error})") from error
