@@ -29,7 +29,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     registry = CollectorRegistry()
     metrics = WatchMetrics(registry)
-    metrics.stepped(checked=True)
+    metrics.stepped(1, 1)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

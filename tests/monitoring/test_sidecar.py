@@ -39,7 +39,7 @@ class Server:
     def restart(self) -> None:
         self.registry = CollectorRegistry()
         self.metrics = WatchMetrics(self.registry)
-        self.metrics.stepped(checked=False)
+        self.metrics.stepped(1, 0)
 
     def check(self, layer: int, error: float, kl: float = 0.001, rank: str = "0") -> None:
         codes = {"key": CodeRates(1000, 10, 50), "value": CodeRates(1000, 5, 40)}

@@ -6,13 +6,14 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from turboattention.cli.options import PRESET_HELP
-from turboattention.errors import MissingDependencyError
+from turboattention.errors import MissingDependencyError, invalid
 from turboattention.integrations.vllm.serving import serve_arguments
+from turboattention.monitoring.reference import Reference
 
 
 def serve(
@@ -22,10 +23,24 @@ def serve(
         str | None, typer.Option("--preset", metavar="PRESET", help=f"{PRESET_HELP} Default: turbo4.")
     ] = None,
     policy: Annotated[Path | None, typer.Option("--policy", metavar="FILE", help="Policy file.")] = None,
+    watch: Annotated[
+        float | None,
+        typer.Option("--watch", metavar="SHARE", help="Check this share of sequences against 16-bit attention."),
+    ] = None,
+    watch_reference: Annotated[
+        Path | None,
+        typer.Option("--watch-reference", metavar="FILE", help="State of a calibration, for the drift of K and V."),
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the command of vLLM and stop.")] = False,
 ) -> None:
     """Start vLLM's server with compressed pages; further options go to ``vllm serve`` as they are."""
-    arguments = serve_arguments(model, preset, policy, context.args)
+    settings: dict[str, Any] | None = None if watch is None else {"share": watch}
+    if watch_reference is not None:
+        if settings is None:
+            raise invalid("--watch-reference", "--watch beside it", "none")
+        Reference.load(watch_reference)
+        settings["reference"] = str(watch_reference.resolve())
+    arguments = serve_arguments(model, preset, policy, context.args, settings)
     print(shlex.join(["vllm", *arguments]), file=sys.stdout if show else sys.stderr, flush=True)
     if show:
         return

@@ -120,7 +120,7 @@ class _LayerWatch:
         self.step += 1
         checked = watch.sampler.takes(self.request.number, self.step)
         if self.leads:
-            watch.watcher.stepped(checked)
+            watch.watcher.stepped(1, int(checked))
         if not checked:
             return
         row, group = self.request.row(query.shape[0]), query.shape[1] // view.num_kv_heads

@@ -29,7 +29,7 @@ class Budget:
 class Kept:
     """K and V of one KV head of one sequence as they came, in 16 bits: what 16-bit attention would read.
 
-    Grows in pieces, because growing by copying would for a moment hold twice the bound.
+    Grows in pieces, because growing by copying would for a moment hold twice the bound. Only the last has room.
     """
 
     def __init__(self, layer: int, head: int, budget: Budget) -> None:
@@ -37,52 +37,55 @@ class Kept:
         self.tokens = 0
         self.seen_pages = 0  # pages whose codes have been looked at
         self._budget = budget
-        self._pieces: list[Tensor] = []  # [2, tokens, head_dim]
-        self._free = 0
+        self._pieces: list[tuple[Tensor, Tensor]] = []  # [tokens, head_dim] each
+        self._room = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self._pieces)
+        return sum(key.nbytes + value.nbytes for key, value in self._pieces)
 
     # Without gradients, and the same whether or not the step is in inference mode.
     @torch.inference_mode()
     def append(self, key: Tensor, value: Tensor) -> bool:
         """Add ``[tokens, head_dim]``; False, with nothing held any more, where the bound does not admit them."""
-        count, dim = key.shape
+        count = key.shape[0]
+        first = min(count, self._room)
+        if first:
+            self._write(key[:first], value[:first])
+        if first == count:
+            return True
+        size = -(-(count - first) // CHUNK_TOKENS) * CHUNK_TOKENS
         dtype = key.dtype if key.dtype.itemsize == 2 else torch.float16
-        missing = count - self._free
-        if missing > 0:
-            size = -(-missing // CHUNK_TOKENS) * CHUNK_TOKENS
-            if not self._budget.admits(self, 2 * size * dim * dtype.itemsize):
-                self.drop()
-                return False
-            self._pieces.append(torch.empty(2, size, dim, dtype=dtype, device=key.device))
-            self._free += size
-        done = 0
-        end = sum(piece.shape[1] for piece in self._pieces) - self._free
-        start = 0
-        for piece in self._pieces:
-            at, room = max(0, end + done - start), piece.shape[1]
-            take = min(room - at, count - done)
-            if take > 0:
-                piece[0, at : at + take] = key[done : done + take]
-                piece[1, at : at + take] = value[done : done + take]
-                done += take
-            start += room
-        self._free -= count
-        self.tokens += count
+        if not self._budget.admits(self, 2 * size * key.shape[1] * dtype.itemsize):
+            self.drop()
+            return False
+        new_key, new_value = (torch.empty(size, key.shape[1], dtype=dtype, device=key.device) for _ in range(2))
+        self._pieces.append((new_key, new_value))
+        self._room = size
+        self._write(key[first:], value[first:])
         return True
+
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        count = key.shape[0]
+        old_key, old_value = self._pieces[-1]
+        at = old_key.shape[0] - self._room
+        old_key[at : at + count].copy_(key)
+        old_value[at : at + count].copy_(value)
+        self._room -= count
+        self.tokens += count
 
     def crop(self, tokens: int) -> None:
         """Keep the first ``tokens``."""
-        self._free += self.tokens - tokens
+        self._room += self.tokens - tokens
         self.tokens = tokens
+        while self._pieces and self._room >= self._pieces[-1][0].shape[0]:
+            self._room -= self._pieces.pop()[0].shape[0]
 
     def drop(self) -> None:
         """Hold nothing any more."""
-        self._pieces, self._free, self.tokens = [], 0, 0
+        self._pieces, self._room, self.tokens = [], 0, 0
 
     def read(self) -> tuple[Tensor, Tensor]:
         """K and V ``[tokens, head_dim]`` in float32."""
-        both = torch.cat([piece.float() for piece in self._pieces], 1)[:, : self.tokens]
-        return both[0], both[1]
+        key, value = (torch.cat([piece[i].float() for piece in self._pieces])[: self.tokens] for i in range(2))
+        return key, value

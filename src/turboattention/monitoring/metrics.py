@@ -41,7 +41,7 @@ class WatchMetrics:
             Summary, "shadow_drift", "log2 of the size of K and V against the calibration, either way.",
             "layer", "tensor",
         )  # fmt: skip
-        self._steps = of(Counter, "watched_steps", "Steps that could have been checked.")
+        self._steps = of(Counter, "watched_steps", "Steps of sequences that could have been checked.")
         self._checked = of(Counter, "shadow_steps", "Steps that were.")
         self._skipped = of(Counter, "shadow_skipped", "Heads no longer watched, by reason.", "reason")
         self._bytes = of(Gauge, "shadow_bytes", "Memory of exact K and V kept.", multiprocess_mode="max")
@@ -57,10 +57,10 @@ class WatchMetrics:
         for tensor, drift in check.drift.items():
             self._drift.labels(rank, layer, tensor).observe(abs(drift))
 
-    def stepped(self, checked: bool, rank: str = "0") -> None:
-        """A step that could be checked, and whether it was."""
-        self._steps.labels(rank).inc()
-        self._checked.labels(rank).inc(1 if checked else 0)
+    def stepped(self, steps: int, checked: int, rank: str = "0") -> None:
+        """Steps of sequences that could be checked, and how many of them are."""
+        self._steps.labels(rank).inc(steps)
+        self._checked.labels(rank).inc(checked)
 
     def skipped(self, reason: str, rank: str = "0") -> None:
         """A head that is not watched to its end."""

@@ -55,19 +55,21 @@ class Watcher:
         metrics: "WatchMetrics | None" = None,
         reference: Reference | None = None,
         rank: str = "0",
+        first_head: int = 0,
     ) -> None:
+        """first_head: of the model's KV heads, the one that is head 0 of this process."""
         self.settings, self.guard, self.metrics = settings, guard, metrics
-        self.reference, self.rank = reference, rank
+        self.reference, self.rank, self.first_head = reference, rank, first_head
         self.budget = Budget(settings.memory)
         self.steps = self.checked_steps = self.checks = 0
         self.skipped: dict[str, int] = {}
 
-    def stepped(self, checked: bool) -> None:
-        """A step that could be checked."""
-        self.steps += 1
+    def stepped(self, steps: int, checked: int) -> None:
+        """Steps of sequences that could be checked, and how many of them are."""
+        self.steps += steps
         self.checked_steps += checked
         if self.metrics is not None:
-            self.metrics.stepped(checked, self.rank)
+            self.metrics.stepped(steps, checked, self.rank)
             if checked:
                 self.metrics.holds(self.budget.used, self.rank)
 
@@ -137,7 +139,7 @@ class Watcher:
         if self.reference is not None:
             spreads = self.reference.layers[kept.layer]
             drift = {
-                name: spreads[name].drift(kept.head, x[start:])
+                name: spreads[name].drift(self.first_head + kept.head, x[start:])
                 for name, x in zip(("key", "value"), exact, strict=True)
             }  # fmt: skip
         return Check(kept.layer, kept.head, kept.tokens, error, kl, codes, drift)

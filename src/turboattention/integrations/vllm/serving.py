@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from turboattention.errors import invalid
 from turboattention.integrations.vllm.plugin import BACKEND
@@ -13,6 +14,7 @@ from turboattention.integrations.vllm.settings import (
     check_policy,
     layers_at_16_bits,
 )
+from turboattention.monitoring.settings import WatchSettings
 from turboattention.policy import Policy
 
 _DTYPE_OF_PRESET = {"turbo4": "turbo_int4", "turbo2": "turbo_int2"}
@@ -20,11 +22,13 @@ _SKIP = "--kv-cache-dtype-skip-layers"
 _OURS = ("--attention-backend", "--block-size")  # options that the plugin decides
 
 
-def serve_arguments(model: str, preset: str | None, policy: Path | None, options: Sequence[str]) -> list[str]:
+def serve_arguments(
+    model: str, preset: str | None, policy: Path | None, options: Sequence[str], watch: dict[str, Any] | None = None
+) -> list[str]:
     """Arguments of the command ``vllm``.
 
     preset, policy: at most one; None: turbo4. options: of ``vllm serve``, passed on as they are but for
-    ``--additional-config``, which the policy joins.
+    ``--additional-config``, which the policy and the settings of a watch join.
     Raises InvalidInputError for options that the plugin decides, UnsupportedError for a policy that engines can't hold.
     """
     if preset is not None and policy is not None:
@@ -39,7 +43,7 @@ def serve_arguments(model: str, preset: str | None, policy: Path | None, options
         known = f"one of {', '.join(DTYPES)}, without --preset and --policy"
         raise invalid("--kv-cache-dtype", known, dtype)
     chosen = preset or "turbo4"
-    section: dict[str, str] = {}
+    section: dict[str, Any] = {}
     skip: list[str] = []
     if policy is not None:
         loaded = Policy.load(policy)
@@ -49,6 +53,9 @@ def serve_arguments(model: str, preset: str | None, policy: Path | None, options
     elif chosen not in _DTYPE_OF_PRESET:
         check_policy(Policy.from_preset(chosen))
         section = {"policy": chosen}
+    if watch is not None:
+        WatchSettings.of(watch)
+        section = {**section, "watch": watch}
     # With a policy of its own the KV dtype only says that the cache is ours.
     dtype = dtype or _DTYPE_OF_PRESET.get(chosen, DTYPES[0])
     command = ["serve", model, "--attention-backend", BACKEND, "--kv-cache-dtype", dtype]

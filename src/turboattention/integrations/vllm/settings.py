@@ -8,6 +8,7 @@ from typing import Any
 
 from turboattention.config import get_preset, presets
 from turboattention.errors import UnsupportedError, invalid
+from turboattention.monitoring.settings import WatchSettings
 from turboattention.ops.append import supports
 from turboattention.ops.dispatch import without_portable
 from turboattention.policy import ModelShape, Policy
@@ -56,15 +57,26 @@ def resolve_policy(dtype: str, additional_config: object) -> Policy:
     Raises InvalidInputError for unknown keys and unreadable files, UnsupportedError for a policy that pages of an
     engine can't hold.
     """
-    section: Any = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
-    if not isinstance(section, Mapping) or set(section) - {"policy"}:
-        raise invalid(f"additional-config {SECTION!r}", '{"policy": preset or file}', section)
-    named = section.get("policy")
+    named = _section(additional_config).get("policy")
     if named is None:
         return policy_of_dtype(dtype)
     policy = Policy.from_preset(named) if named in presets() else Policy.load(Path(str(named)))
     check_policy(policy)
     return policy
+
+
+def resolve_watch(additional_config: object) -> WatchSettings | None:
+    """The watch of an engine (``additional_config``), None without one; raises InvalidInputError for mistakes."""
+    given = _section(additional_config).get("watch")
+    return None if given is None else WatchSettings.of(given)
+
+
+def _section(additional_config: object) -> Mapping[str, Any]:
+    section: Any = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(section, Mapping) or set(section) - {"policy", "watch"}:
+        expected = '{"policy": preset or file, "watch": settings of a watch}, both optional'
+        raise invalid(f"additional-config {SECTION!r}", expected, section)
+    return section
 
 
 def check_policy(policy: Policy) -> None:
