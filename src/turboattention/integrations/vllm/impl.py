@@ -111,6 +111,8 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
             part = slice(first, last)
             out = attend_chunks(query[part], key[part], value[part], before, meta, self.scale, self.policy.attention)
             output[part].copy_(out)
+        if meta.watch is not None:
+            meta.watch.look(str(layer.layer_name), self, query, key, value, kv_cache, meta, output)
         return output
 
     def _copy_statistics(self, source: Tensor, target: Tensor) -> None:

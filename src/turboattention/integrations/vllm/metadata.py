@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,11 @@ from turboattention.integrations.vllm.faults import FaultWatch
 from turboattention.integrations.vllm.metrics import metrics
 from turboattention.integrations.vllm.report import log, say
 from turboattention.integrations.vllm.rows import RowMap
-from turboattention.integrations.vllm.settings import PAGE_TOKENS
+from turboattention.integrations.vllm.settings import PAGE_TOKENS, resolve_watch
 from turboattention.integrations.vllm.transfer import to_device
+
+if TYPE_CHECKING:
+    from turboattention.integrations.vllm.watch import EngineWatch, StepWatch
 
 OLD_RUNNER_SPARE = 4  # rows for each sequence of the older runner, whose rows are found again by their blocks
 
@@ -63,6 +66,7 @@ class TurboMetadata(AttentionMetadata):  # type: ignore[misc]  # vLLM is not ins
     contexts: bounds of the tokens of each chunk with those before it, on the host.
     fresh: float32 ``[chunks, 1, 1]``, 0 where a row of the pool begins anew, else 1.
     copies: rows of query statistics to copy before the step (older runner): from, to.
+    watch: what a watch looks at in this step, None for nothing.
     """
 
     decodes: int
@@ -79,6 +83,7 @@ class TurboMetadata(AttentionMetadata):  # type: ignore[misc]  # vLLM is not ins
     contexts: tuple[int, ...] = ()
     fresh: Tensor | None = None
     copies: tuple[Tensor, Tensor] | None = None
+    watch: "StepWatch | None" = None
 
 
 class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ignore[misc]  # as above
@@ -110,6 +115,9 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
         self._rank = str(vllm_config.parallel_config.rank)
         self._faults = FaultWatch(self._numbers[7], self._count_fault)
         self._invented = False  # whether the steps before had no requests behind them
+        # Made with the first real step, when the layers have their cache.
+        self._wanted_watch = resolve_watch(vllm_config.additional_config)
+        self._engine_watch: EngineWatch | None = None
         # vLLM captures graphs with a small cache first, before it knows how many blocks there are.
         self._unreported = vllm_config.cache_config.num_gpu_blocks is not None
 
@@ -143,7 +151,23 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
             most = int(common.block_table_tensor.shape[1]) * PAGE_TOKENS
             meta.contexts = tuple([most] * (count - decodes) if ends is None else ends[decodes:].tolist())
             meta.fresh = self._fresh(common.req_idx, decodes, count, new, ends)
+        if self._wanted_watch is not None and not self._invented and ends is not None:
+            meta.watch = self._watched(new, ends, decodes, common.block_table_tensor)
         return meta
+
+    def _watched(
+        self, new: "np.ndarray[Any, Any]", ends: "np.ndarray[Any, Any]", decodes: int, table: Tensor
+    ) -> "StepWatch | None":
+        from turboattention.integrations.vllm.watch import engine_watch
+
+        if self._engine_watch is None and self._wanted_watch is not None:
+            prompts_only = self.device.type == "cuda" or self._widest > 1
+            self._engine_watch = engine_watch(self.vllm_config, self._wanted_watch, self.layer_names, prompts_only)
+            if self._engine_watch is None:
+                self._wanted_watch = None
+                return None
+        assert self._engine_watch is not None  # made above
+        return self._engine_watch.plan(new, ends, decodes, table)
 
     def _fill(
         self, common: Any, count: int, new: "np.ndarray[Any, Any]", ends: "np.ndarray[Any, Any] | None"
