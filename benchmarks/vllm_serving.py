@@ -116,11 +116,20 @@ def measure(given: argparse.Namespace) -> int:
     for kv in given.kv:
         command = [sys.executable, __file__, "one", "--kv", kv, *sys.argv[2:]]
         print(f"== {kv}", flush=True)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=given.timeout, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-        row = json.loads(lines[-1][4:]) if lines else {"kv": kv, "failure": f"exit status {done.returncode}"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            printed, _ = process.communicate(timeout=given.timeout)
+            reason = f"exit status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            printed, _ = process.communicate()
+            reason = f"more than {given.timeout:.0f} s"
+        lines = [line for line in printed.splitlines() if line.startswith("ROW ")]
+        row = json.loads(lines[-1][4:]) if lines else {"kv": kv, "failure": reason}
+        if given.log:
+            Path(given.log).open("a").write(printed)
         if not lines:
-            print(done.stdout[-3000:])
+            print(printed[-3000:])
             failed = 1
         print(json.dumps(row), flush=True)
         append_row(Path(given.out), row)
@@ -235,6 +244,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one engine")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", default="benchmarks/results/vllm_h100.csv")
+    parser.add_argument("--log", default="", help="file that gets what the engines of measure print")
     parser.add_argument("--policy", default="")
     parser.add_argument("--model", default="")
     parser.add_argument("--chunk", type=int, default=8192)

@@ -120,6 +120,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
         self._engine_watch: EngineWatch | None = None
         # vLLM captures graphs with a small cache first, before it knows how many blocks there are.
         self._unreported = vllm_config.cache_config.num_gpu_blocks is not None
+        self._cold = device.type == "cuda"
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -217,7 +218,10 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
         return torch.tensor(source, dtype=torch.int64), torch.tensor([entry.row for entry in moved], dtype=torch.int64)
 
     def _watch(self, common: Any) -> None:
-        """Faults of the steps before, and once the report of the start."""
+        """Faults of the steps before, and once the compilation and the report of the start."""
+        if self._cold:
+            self._cold = False
+            self._warm_up(int(common.block_table_tensor.shape[1]))
         if self._unreported:
             from turboattention.integrations.vllm.layers import compressed_layers, start_report
 
@@ -228,8 +232,6 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
                 if self._rank == "0":
                     say(report)
                 metrics().started(report, self._rank)
-            if self.device.type == "cuda":
-                self._warm_up(int(common.block_table_tensor.shape[1]))
         if self._map is None and common.req_idx is None:
             self._invented = True
             return

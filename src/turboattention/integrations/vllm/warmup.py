@@ -1,6 +1,9 @@
 """Every kernel that serving can need is compiled before the first request, by steps on invented tokens."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,27 +25,36 @@ def warm_up(
     kernels are compiled for its strides. spare_row: of the open pages, the only one that is written. width: tokens of
     a decode step. The pages are this function's own. Returns how many formats there were.
     """
-    seen = set()
+    formats: dict[Any, TurboAttentionImpl] = {}
     for layer in layers:
-        kind = (layer.pages.layout, layer.num_heads, layer.num_kv_heads, layer.policy.attention)
-        if kind in seen:
-            continue
-        seen.add(kind)
+        formats.setdefault((layer.pages.layout, layer.num_heads, layer.num_kv_heads, layer.policy.attention), layer)
+    for layer in formats.values():
         device, heads = layer.pages.key.device, layer.num_kv_heads
         # All sequences have the same blocks: what is in them does not matter.
         pool = torch.zeros(4, heads, PAGE_TOKENS, layer.pages.layout.nbytes // PAGE_TOKENS, dtype=torch.uint8)
         table = torch.zeros(sequences, heads, max(blocks, 4), dtype=torch.int32)
         table[:, :, :4] = torch.arange(4) * heads + torch.arange(heads)[:, None]
         pool, table = pool.to(device), table.to(device)
-        for meta in _steps(sequences, spare_row, table, width):
-            q, k, v, out = (
-                torch.zeros(meta.tokens, n, layer.head_size, dtype=layer.pages.key.dtype, device=device)
-                for n in (layer.num_heads, heads, heads, layer.num_heads)
-            )
-            layer.forward(torch.nn.Module(), q, k, v, pool, meta, out)
+        steps = list(_steps(sequences, spare_row, table, width))
+        if device.type == "cuda":
+            # Most of the compiler runs without Python's lock. These three share few kernels.
+            with ThreadPoolExecutor(3) as threads:
+                list(threads.map(partial(_step, layer, pool), (steps[0], steps[-3], steps[-1])))
+        for meta in steps:
+            _step(layer, pool, meta)
         if layer.pages.power is not None:
             layer.pages.power[spare_row] = 0.0
-    return len(seen)
+    return len(formats)
+
+
+@torch.inference_mode()
+def _step(layer: TurboAttentionImpl, pool: Tensor, meta: TurboMetadata) -> None:
+    q, k, v, out = (
+        torch.zeros(meta.tokens, n, layer.head_size, dtype=layer.pages.key.dtype, device=pool.device)
+        for n in (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads, layer.num_heads)
+    )
+    with torch.cuda.device(pool.device if pool.is_cuda else -1):
+        layer.forward(torch.nn.Module(), q, k, v, pool, meta, out)
 
 
 def _steps(sequences: int, row: int, table: Tensor, width: int) -> Iterator[TurboMetadata]:

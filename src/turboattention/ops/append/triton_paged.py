@@ -115,8 +115,11 @@ def _launch(
     )  # fmt: skip
 
 
-# What changes from step to step must not compile the kernel again.
-@triton.jit(do_not_specialize=["new_tokens", "window", "table_pages", "pool_pages"])
+# What changes from step to step must not compile the kernel again; numbers of some sequences of a batch begin anywhere.
+@triton.jit(
+    do_not_specialize=["new_tokens", "window", "table_pages", "pool_pages"],
+    do_not_specialize_on_alignment=["counts", "table", "lengths", "page_tokens", "tail_rows", "sink_rows", "fault"],
+)
 def append_kernel(
     key, value, cos, sin, counts, tail_key, tail_value, sink_key, sink_value, pool, table, heads,
     lengths, page_tokens, tail_rows, sink_rows, power, queries, fault,

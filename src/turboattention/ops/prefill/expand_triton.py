@@ -19,7 +19,13 @@ WARPS = 8
 COLUMNS = 64  # channels of a program: all of them would not fit its registers
 
 
-@triton.jit(do_not_specialize=["table_batch", "table_head", "tail_capacity"])
+@triton.jit(
+    do_not_specialize=["table_batch", "table_head", "tail_capacity"],
+    # Numbers of some sequences of a batch begin anywhere.
+    do_not_specialize_on_alignment=[
+        "table_ptr", "lengths_ptr", "page_tokens_ptr", "tail_rows_ptr", "sink_rows_ptr", "cu_q_ptr", "cu_k_ptr"
+    ],
+)  # fmt: skip
 def expand_kernel(
     pool_ptr, table_ptr, lengths_ptr, page_tokens_ptr, heads_ptr, tail_key_ptr, tail_value_ptr, sink_key_ptr,
     sink_value_ptr, tail_rows_ptr, sink_rows_ptr, key_ptr, value_ptr, cu_q_ptr, cu_k_ptr, out_key_ptr, out_value_ptr,
