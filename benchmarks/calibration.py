@@ -22,6 +22,7 @@ from turboattention.calibration.allocate import Frontier, loss_of, options
 from turboattention.calibration.calibrate import calibrate, sensitivities
 from turboattention.calibration.levels import policy_of
 from turboattention.calibration.result import CalibrationResult, Kind, Point
+from turboattention.calibration.safe_zone import OTHER_PRESETS
 from turboattention.calibration.session import Session
 from turboattention.calibration.settings import Settings
 from turboattention.calibration.tune import size_of_bits
@@ -45,11 +46,11 @@ def main(
     bits: Annotated[list[float] | None, typer.Option(help="sizes to measure together, untuned; repeatable")] = None,
     preset: Annotated[list[str] | None, typer.Option(help="presets to measure with them; repeatable")] = None,
     measured_tokens: Annotated[int, typer.Option(help="with --bits: of each held-out window, the first; 0: all")] = 0,
-    tokens: int = 16_384,
+    tokens: int = 8192,
     window: int = 1024,
     held_out_tokens: int = 1024,
     per: str = "head",
-    probes: int = 24,
+    probes: int = 12,
     curve: Annotated[bool, typer.Option(help="other sizes, paper's rule, the paper's presets and KIVI too")] = True,
     seed: int = 0,
     state: Path | None = None,
@@ -89,7 +90,8 @@ def _sizes(session: Session, bits: list[float], presets: list[str], measured_tok
         choice = frontier.choose(size_of_bits(session, frontier, size))
         policies.append(("calibrated", policy_of(f"calibrated {size:g}", choice, session.shape)))
         print(size, "predicted KL", loss_of(choice, table), file=sys.stderr, flush=True)
-    policies += [("uniform", Policy.from_preset(name)) for name in presets]
+    kinds: dict[str, Kind] = {name: kind for kind, name in OTHER_PRESETS}
+    policies += [(kinds.get(name, "uniform"), Policy.from_preset(name)) for name in presets]
     tokens = measured_tokens or session.settings.held_out_tokens
     rows = session.plan.held_out[:, : tokens + 1]
     points = session.measured(f"first {tokens} held-out tokens", rows, session.plan.held_out_names, policies)

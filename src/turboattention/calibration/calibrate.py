@@ -38,6 +38,7 @@ from turboattention.integrations.packaged_models import DEFAULT_MODEL
 from turboattention.policy import ModelShape, Policy
 
 _SEEDS = 1_000_003  # between the seeds of windows of neighbouring runs
+PROBE_TOKENS = 384  # of a tuning window, for the measured sensitivities
 
 
 class Calibration(NamedTuple):
@@ -115,7 +116,7 @@ def sensitivities(session: Session) -> tuple[Table, list[LayerStatistics]]:
     The draws of a window follow from its number, so that a run that was stopped finds the same.
     """
     windows = session.plan.sensitivity[:, :-1]
-    key = f"sensitivity {fingerprint([windows.tolist(), session.settings.seed])}"
+    key = f"estimates {fingerprint([windows.tolist(), session.settings.seed])}"
     saved = session.state.get(key) or {"windows": 0, "sums": {}, "statistics": []}
     sums = table_from_json(saved["sums"])
     statistics = [LayerStatistics.from_dict(x) for x in saved["statistics"]]
@@ -137,11 +138,11 @@ def sensitivities(session: Session) -> tuple[Table, list[LayerStatistics]]:
 
 
 def _probes(session: Session, table: Table) -> list[ProbeResult]:
-    """Some estimates beside their measurement on a tuning window."""
+    """Some estimates beside their measurement on the beginning of a tuning window."""
     if not session.settings.probes:
         return []
     chosen = chosen_probes(table, session.settings.probes, session.settings.seed)
-    rows = session.plan.tuning[:1]
+    rows = session.plan.tuning[:1, : PROBE_TOKENS + 1]
     key = f"probes {fingerprint([rows.tolist(), [(str(unit), level) for unit, level in chosen]])}"
     values = session.state.get(key)
     if values is None:

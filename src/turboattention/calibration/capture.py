@@ -110,7 +110,11 @@ def _score_of_draws(logits: Tensor, generator: torch.Generator, positions: int =
     flat, out = logits.flatten(0, -2), gradient.flatten(0, -2)
     for start in range(0, flat.shape[0], positions):
         probability = flat[start : start + positions].float().softmax(-1)
-        draws = torch.multinomial(probability.cpu(), 1, generator=generator).to(probability.device)
+        # By the cumulative distribution: torch.multinomial takes ten times as long for a large vocabulary.
+        cumulative = probability.cumsum(-1)
+        uniform = torch.rand(len(cumulative), 1, generator=generator).to(cumulative.device)
+        draws = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        draws.clamp_max_(cumulative.shape[-1] - 1)
         out[start : start + positions] = -probability
         out[start : start + positions].scatter_add_(1, draws, torch.ones_like(draws, dtype=out.dtype))
     return gradient

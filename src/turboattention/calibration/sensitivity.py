@@ -3,11 +3,12 @@
 Estimated for all units from one backward pass of a window. With G the gradient of ``log p(y)`` at K or V as later pages
 read it (y drawn from the model) and E what the codes change there,
 
-    KL(exact || changed) ~ 1/2 sum over tokens and channels (G E)^2
+    KL(exact || changed) ~ 1/2 sum over channels (sum over tokens G E)^2
 
-the quadratic form of the Fisher information; products of different numbers are left out, because their rounding errors
-hardly know of each other, which makes the estimate of a few windows steady. Measured, for some units, with the real
-cache: everything in 16 bits but that unit.
+the quadratic form of the Fisher information. Errors of different tokens of a channel have a common part (a range that
+is cut, a page's zero), which adds up where attention is spread; products of different channels are left out, because
+their errors hardly know of each other, which makes the estimate of a few windows steady. Measured, for some units, with
+the real cache: everything in 16 bits but that unit.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ def window_estimates(layers: dict[int, Captured]) -> Table:
             gradient = gradients[tensor]
             if tensor == "value":  # rounded in the rotated basis
                 gradient, error = rotate(gradient), rotate(error)
-            sums = 0.5 * (gradient * error).double().square().sum((1, 2))
+            sums = 0.5 * (gradient * error).double().sum(1).square().sum(1)
             for head, value in enumerate(sums.tolist()):
                 found.setdefault(Unit(layer, head, tensor), {})[level] = value
     return found

@@ -17,11 +17,11 @@ class Settings:
     needles: tokens of the haystack of the retrieval test; 0 leaves it out.
     """
 
-    tokens: int = 16_384
+    tokens: int = 8192
     window: int = 1024
     held_out_tokens: int = 1024
     per: Granularity = "head"
-    probes: int = 24
+    probes: int = 12
     curve: bool = True
     needles: int = 0
     seed: int = 0

@@ -10,9 +10,10 @@ from turboattention.calibration.session import Session
 from turboattention.calibration.target import Target
 from turboattention.errors import InvalidInputError, invalid
 
-ROUNDS = 4  # each measures a few sizes
-_FIRST = (0.5, 0.8, 1.25)  # of the limit: predicted losses to try first
-_SAFER = 0.93  # a little less than the guess is tried too
+ROUNDS = 4  # each measures one or two sizes
+_FIRST = (0.6, 0.85)  # of the limit: predicted losses to try first
+_CLOSE = 0.93  # of the limit: a size that loses so much is small enough
+_SAFER = 0.97  # of the guess: half of all guesses would miss the limit
 
 
 def tune(session: Session, frontier: Frontier, target: Target) -> tuple[Choice, Point]:
@@ -30,8 +31,10 @@ def tune(session: Session, frontier: Frontier, target: Target) -> tuple[Choice, 
         if not sizes:
             break
         seen.update(zip(sizes, _measured(session, frontier, sizes), strict=True))
+        if any(target.met(point) and target.loss_seen(point) >= _CLOSE * target.loss for point in seen.values()):
+            break
         guess = predicted_at(target.loss, [(frontier.loss(x), target.loss_seen(p)) for x, p in seen.items()])
-        wanted = [guess, guess * _SAFER]
+        wanted = [guess * _SAFER]
     fits = [size for size, point in seen.items() if target.met(point)]
     if not fits:
         best = min(target.loss_seen(point) for point in seen.values())

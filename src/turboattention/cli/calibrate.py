@@ -39,7 +39,7 @@ def calibrate(
     target: Annotated[
         str, typer.Option("--target", help="max-kl=NATS, max-ppl-increase=SHARE or bits=BITS.")
     ] = "max-kl=0.01",
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of calibration text.")] = 16_384,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of calibration text.")] = 8192,
     window: Annotated[int, typer.Option("--window", help="Tokens of one calibration window.")] = 1024,
     held_out_tokens: Annotated[int, typer.Option("--held-out-tokens", help="Tokens of each held-out text.")] = 1024,
     per: Annotated[
@@ -47,7 +47,7 @@ def calibrate(
     ] = "head",
     probes: Annotated[
         int, typer.Option("--probes", min=0, help="Sensitivities that are also measured, to check the estimates.")
-    ] = 24,
+    ] = 12,
     needles: Annotated[
         int, typer.Option("--needles", min=0, help="Tokens of a retrieval test for the report; 0: none.")
     ] = 0,
