@@ -177,7 +177,9 @@ def test_who_may_ask(client: TestClient) -> None:
     assert client.post("/api/next", json=ask).status_code == 403  # browsers always send it
     assert client.get("/", headers={"Host": "evil.example:8765"}).status_code == 403
     assert client.get("/", headers={"Origin": "http://evil.example"}).status_code == 403
-    assert client.get("/").status_code == 200
+    crossing = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+    assert client.get("/review.js", headers=crossing).status_code == 403
+    assert client.get("/", headers=crossing | {"Sec-Fetch-Mode": "navigate"}).status_code == 200  # a link was followed
 
 
 def test_nothing_else_can_be_had(client: TestClient) -> None:
@@ -281,6 +283,8 @@ def test_the_command_prints_results(
     for arguments, words in (
         ([*base, "--seed", "4", "--results"], "the seed that"),
         ([*base, "--json", str(out)], "--results beside them"),
+        ([*base, "--results", "--json", str(store.path)], "different files"),
+        ([*base, "--results", "--json", str(pairs)], "other files than the pairs"),
         (["review", str(pairs), "--data", str(tmp_path / "none"), "--results"], "a file with judgements"),
         (["review", str(tmp_path / "none"), "--data", str(tmp_path / "new")], "readable file of JSON lines"),
     ):

@@ -38,8 +38,9 @@ def review(
         raise invalid("--json and --markdown", "--results beside them", "none")
     if results and not data.exists():
         raise invalid("--data", "a file with judgements", data)
-    check_outputs(json_path, markdown)
-    check_outputs(data)
+    check_outputs(data, json_path, markdown)
+    if pairs.resolve() in {path.resolve() for path in (data, json_path, markdown) if path is not None}:
+        raise invalid("output paths", "other files than the pairs", pairs)
 
     from turboattention.report.review import render_review
     from turboattention.serving.review.analyse import analyse

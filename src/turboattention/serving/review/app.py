@@ -54,7 +54,9 @@ def refusal(request: Request, hosts: Collection[str]) -> str | None:
     changes = request.method not in ("GET", "HEAD")
     if (changes or origin is not None) and origin != f"http://{host}":
         return "asked from another site"
-    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+    # A link on another page may lead here; nothing else of that page may ask. The page itself holds no answers.
+    followed = request.headers.get("sec-fetch-mode") == "navigate" and not changes
+    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not followed:
         return "asked from another site"
     return None
 
