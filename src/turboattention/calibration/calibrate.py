@@ -116,7 +116,7 @@ def sensitivities(session: Session) -> tuple[Table, list[LayerStatistics]]:
     The draws of a window follow from its number, so that a run that was stopped finds the same.
     """
     windows = session.plan.sensitivity[:, :-1]
-    key = f"estimates {fingerprint([windows.tolist(), session.settings.seed])}"
+    key = f"sensitivity by channel {fingerprint([windows.tolist(), session.settings.seed])}"
     saved = session.state.get(key) or {"windows": 0, "sums": {}, "statistics": []}
     sums = table_from_json(saved["sums"])
     statistics = [LayerStatistics.from_dict(x) for x in saved["statistics"]]
