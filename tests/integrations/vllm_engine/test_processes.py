@@ -20,6 +20,8 @@ import pytest
 import torch
 from engines import NEEDS, check, expected_of, model_folder, options, random_llama
 
+from turboattention.monitoring.scrape import totals
+
 pytestmark = pytest.mark.slow
 pytest.importorskip("vllm", reason=NEEDS)
 
@@ -91,6 +93,7 @@ def test_server_shows_the_metrics_of_the_plugin(environment: dict[str, str], tmp
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = options(kv_cache_dtype_skip_layers=["0"])
+    given["additional_config"]["turboattention"]["watch"] = {"share": 1.0, "heads": 87}
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder()),
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--kv-cache-dtype", "fp8", "--enforce-eager",
@@ -112,6 +115,7 @@ def test_server_shows_the_metrics_of_the_plugin(environment: dict[str, str], tmp
                 time.sleep(1)
         body = {"model": str(model_folder()), "prompt": "def add(a, b):", "max_tokens": 3, "temperature": 0}
         assert json.loads(get(f"http://127.0.0.1:{port}/v1/completions", body))["choices"][0]["text"]
+        get(f"http://127.0.0.1:{port}/v1/completions", {**body, "prompt": "def add(a, b):\n    return a + b\n" * 12})
         text = get(f"http://127.0.0.1:{port}/metrics")
     finally:
         server.send_signal(signal.SIGINT)
@@ -124,4 +128,8 @@ def test_server_shows_the_metrics_of_the_plugin(environment: dict[str, str], tmp
         assert line in text, text[-3000:]
     assert 'turboattention_kv_tokens{format="turbo4",rank="0"}' in text
     assert "vllm:num_requests_running" in text
+    # What the sidecar makes of it: each compressed layer has been checked, and not found wanting.
+    found = {layer: x for (layer, measure), x in totals(text).items() if measure == "relative_error"}
+    assert set(found) == {str(layer) for layer in range(1, 30)}
+    assert all(0 < x.total / x.weight < 0.25 for x in found.values()), found
     assert "TurboAttention: policy turbo4: 29 of 30 attention layers compressed" in log.read_text()
