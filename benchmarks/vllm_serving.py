@@ -3,10 +3,11 @@
     python benchmarks/vllm_serving.py check                                    # right tokens, on a small random model
     python benchmarks/vllm_serving.py measure --kv turbo_int4 --kv auto --kv fp8 --out benchmarks/results/vllm_h100.csv
 
-``measure`` starts an engine for each KV dtype in a process of its own: random weights in the shape of a Llama, REQUESTS
-prompts of TOKENS random tokens, all at once. Time per output token is (time of 65 tokens - time of 1 token) / 64 of the
-whole job, so it includes the steps where prompts and answers mix; a decode step, in which all requests get a token and
-none is a prompt, is (time of 129 tokens - time of 65) / 64; prefill is all prompt tokens over the time of 1 token. Medians of RUNS runs. Versions and card are in every row. Without vLLM's entry points (a source tree on
+``measure`` starts an engine for each KV dtype in a process of its own: random weights in the shape of a Llama,
+REQUESTS prompts of TOKENS random tokens, all at once. Time per output token is (time of 65 tokens - time of 1 token) /
+64 of the whole job, so it includes the steps where prompts and answers mix; a decode step, in which all requests get a
+token and none is a prompt, is (time of 129 tokens - time of 65) / 64; prefill is all prompt tokens over the time of 1
+token. Medians of RUNS runs. Versions and card are in every row. Without vLLM's entry points (a source tree on
 PYTHONPATH) the plugin registers itself here.
 """
 
@@ -127,7 +128,8 @@ def measure(given: argparse.Namespace) -> int:
         lines = [line for line in printed.splitlines() if line.startswith("ROW ")]
         row = json.loads(lines[-1][4:]) if lines else {"kv": kv, "failure": reason}
         if given.log:
-            Path(given.log).open("a").write(printed)
+            with Path(given.log).open("a") as file:
+                file.write(printed)
         if not lines:
             print(printed[-3000:])
             failed = 1
