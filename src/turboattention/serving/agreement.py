@@ -50,4 +50,5 @@ def _split(baseline: Answer, candidate: Answer, common: int) -> bool:
         return False
     reach = max(len(left[0]), len(right[0]))
     ends = "".join(left)[:reach], "".join(right)[:reach]
-    return left[0] != right[0] and ends[0] == ends[1]
+    # A token without text, such as a special one, says nothing.
+    return bool(left[0]) and bool(right[0]) and left[0] != right[0] and ends[0] == ends[1]

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -64,14 +65,21 @@ class LocalSide:
 
     def _answer(self, request: Request) -> Answer:
         started_at, start = time.time(), time.perf_counter()
+        loaded = self.shared.loaded
+        ids: list[int] = []
+        logprobs: list[float] = []
+        times: list[float] = []
         try:
-            prompt = _encode(self.shared.loaded, request)
-            ids, logprobs, times = self._generate(prompt, request.max_tokens, start)
+            prompt_tokens = encode_request(loaded, request).shape[1]
+            for token, logprob in greedy(loaded, self.policy, request, self.stopped):
+                ids.append(token)
+                logprobs.append(logprob)
+                times.append(time.perf_counter() - start)
         except TurboAttentionError as error:
             failure = Failure("refused", str(error))
             return Answer(request.id, self.name, "", started_at, time.perf_counter() - start, [], error=failure)
-        tokenizer = self.shared.loaded.tokenizer
-        ended = bool(ids) and ids[-1] in _ends(self.shared.loaded.model)
+        tokenizer = loaded.tokenizer
+        ended = bool(ids) and ids[-1] in end_tokens(loaded.model)
         written = ids[:-1] if ended else ids
         return Answer(
             id=request.id,
@@ -82,41 +90,42 @@ class LocalSide:
             times_s=times,
             completion_tokens=len(ids),
             counted="usage",
-            prompt_tokens=prompt.shape[1],
+            prompt_tokens=prompt_tokens,
             finish="stop" if ended else "length",
             tokens=[str(tokenizer.decode([token])) for token in written],
             logprobs=logprobs[: len(written)],
         )
 
-    @torch.inference_mode()
-    def _generate(
-        self, prompt: torch.Tensor, max_tokens: int, start: float
-    ) -> tuple[list[int], list[float], list[float]]:
-        """Greedy tokens, the end included, with their log-probabilities and times in s after ``start``."""
-        model: Any = self.shared.loaded.model
-        cache, ends = make_cache(model, self.policy), _ends(model)
-        ids: list[int] = []
-        logprobs: list[float] = []
-        times: list[float] = []
-        tokens = prompt.to(model.device)
-        with quiet(), attention_of(model, self.policy):
-            while len(ids) < max_tokens and not self.stopped.is_set():
+
+def greedy(
+    loaded: LoadedModel, policy: str | Policy | None, request: Request, stopped: Event | None = None
+) -> Iterator[tuple[int, float]]:
+    """The most likely tokens, the end included, each with its log-probability; ends early when ``stopped`` is set.
+
+    policy: None for the model's own attention. Raises InvalidInputError for a prompt that does not fit.
+    """
+    model: Any = loaded.model
+    tokens = encode_request(loaded, request).to(model.device)
+    cache, ends = make_cache(model, policy), end_tokens(model)
+    with quiet(), attention_of(model, policy):
+        for _ in range(request.max_tokens):
+            with torch.inference_mode():
                 logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
                 tokens = logits.argmax(-1, keepdim=True)
-                ids.append(int(tokens))
-                logprobs.append(float(logits.float().log_softmax(-1)[0, ids[-1]]))
-                times.append(time.perf_counter() - start)
-                if ids[-1] in ends:
-                    break
-        return ids, logprobs, times
+                token = int(tokens)
+                logprob = float(logits.float().log_softmax(-1)[0, token])
+            yield token, logprob
+            if token in ends or (stopped is not None and stopped.is_set()):
+                return
 
 
-def _ends(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
+    """Those that end an answer."""
     found = model.generation_config.eos_token_id
     return set(found) if isinstance(found, list) else {found} - {None}
 
 
-def _encode(loaded: LoadedModel, request: Request) -> torch.Tensor:
+def encode_request(loaded: LoadedModel, request: Request) -> torch.Tensor:
     """Token numbers, int64 ``[1, tokens]``; messages go through the model's chat template."""
     tokenizer: Any = loaded.tokenizer
     if request.messages and not tokenizer.chat_template:
