@@ -6,14 +6,14 @@
         --dtype bfloat16 --out benchmarks/results/watch_overhead.csv
 
 Three requests of one process take turns, block by block: without a watch, with one that never checks, and with one that
-checks every step. On a CPU (one thread) the clock is the processor time of the thread, which other programs do not
-change, and the time inside of the watch's calls is measured as well; on a GPU it is the wall clock around blocks that
+checks every step. On a CPU (one thread) it is the processor time of the thread inside of the watch's calls, because whole
+steps differ by more than that from block to block where other programs run; on a GPU the wall clock around blocks that
 end with a synchronisation. One row for each context:
 
 step_ms        median time of a step without a watch
 keep, check    what keeping and what a check add to a step, as a share of it
 overhead       keep + SHARE * check: what the watch costs at that share
-by             ``calls``: measured inside of the watch's calls; ``steps``: from the medians of whole steps
+by             ``calls``: inside of the watch's calls; ``steps``: the difference of whole steps
 """
 
 import csv
@@ -120,24 +120,20 @@ def main(
                         times[kind].append((clock.now() - start) / steps)
                         calls[kind].append(clock.inside / steps)
         step = statistics.median(times["none"])
-        found = {"steps": (times["keep"], times["check"], step)}
-        if device == "cpu":
-            found["calls"] = (calls["keep"], calls["check"], 0.0)
-        rows = []
-        for by, (kept, checked, base) in found.items():
-            keep = (statistics.median(kept) - base) / step
-            check = (statistics.median(checked) - statistics.median(kept)) / step
-            numbers = (f"{step * 1e3:.3f}", f"{keep:.5f}", f"{check:.4f}", f"{keep + share * check:.5f}")
-            rows.append((
-                model, preset, length, heads, share, by, *numbers, steps, rounds, where["gpu"] or where["cpu"],
-                torch.__version__, where["packages"]["transformers"], dtype, where["threads"], where["date"],
-            ))  # fmt: skip
+        by = "steps" if clock.on_gpu else "calls"
+        none, kept, checked = (
+            statistics.median((times if clock.on_gpu else calls)[kind]) for kind in ("none", "keep", "check")
+        )
+        keep, check = (kept - none) / step, (checked - kept) / step
+        row = (
+            model, preset, length, heads, share, by, f"{step * 1e3:.3f}", f"{keep:.5f}", f"{check:.4f}",
+            f"{keep + share * check:.5f}", steps, rounds, where["gpu"] or where["cpu"], torch.__version__,
+            where["packages"]["transformers"], dtype, where["threads"], where["date"],
+        )  # fmt: skip
         fresh = not out.exists()
         with out.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows(([COLUMNS] if fresh else []) + rows)
-        for row in rows:
-            print(dict(zip(COLUMNS, row, strict=True)))
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, row] if fresh else [row])
+        print(dict(zip(COLUMNS, row, strict=True)), flush=True)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def test_a_head_of_a_cache_is_that_head_and_new_pages_are_seen_once():
     one = shadow.one_head(view, 1, 2)
     for whole, part in zip((key, value), shadow.stored_values(one), strict=True):
         assert torch.equal(whole[1, 2], part)
+    assert torch.equal(shadow.stored_keys(one), key[1, 2])
     exact = shadow.stored_values(one)
     assert shadow.codes_of_new_pages(one, exact, 0, 8, 1, 9)["key"].values == (192 - 10) * 64
     assert shadow.codes_of_new_pages(one, exact, 0, 2, 1, 9)["key"].values == 128 * 64

@@ -9,6 +9,7 @@ from torch import Tensor
 from turboattention.monitoring.codes import CodeRates, code_rates
 from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
 from turboattention.ops.prefill.reference import expand_cache
+from turboattention.quant.codec import expand_keys
 
 # What NaN, infinity and everything larger count as: one broken step must not make a sum useless for ever.
 CAP = 100.0
@@ -71,20 +72,24 @@ def scores_of(
 
 
 def attention_errors(
-    query: Tensor, out: Tensor | None, exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor],
+    query: Tensor, out: Tensor | None, exact: tuple[Tensor, Tensor],
+    stored: tuple[Tensor, Tensor | None],
     rows: list[int], new: int, scale: float, softcap: float | None = None, start: int = 0,
 ) -> tuple[float, float]:  # fmt: skip
     """Relative error of the output and KL of the weights.
 
     query, out: ``[heads, rows, head_dim]``, ``rows`` of the newest ``new`` tokens; out: None to compute it from what
-    is stored. exact, stored: K and V ``[tokens, head_dim]``, float32.
+    is stored. exact, stored: K and V ``[tokens, head_dim]``, float32; the stored V may be None where out is given.
     """
     scores = scores_of(query, exact[0], rows, new, scale, softcap, start)
     changed = scores_of(query, stored[0], rows, new, scale, softcap, start)
     logs, other = scores.log_softmax(-1), changed.log_softmax(-1)
     weights = logs.exp()
     right = weights @ exact[1]
-    found = other.exp() @ stored[1] if out is None else out.float()
+    if out is None:
+        assert stored[1] is not None  # the caller's part
+        out = other.exp() @ stored[1]
+    found = out.float()
     # 0 where nothing is seen: -inf minus -inf would be NaN.
     kl = float(torch.where(weights > 0, weights * (logs - other), 0.0).sum(-1).mean())
     size = float(right.square().mean().sqrt())
@@ -111,6 +116,19 @@ def codes_of_new_pages(
     key, value = (x[first * size : count * size].unflatten(0, (-1, size)) for x in exact)
     place = torch.arange(first * size, count * size, device=pages.device).unflatten(0, (-1, size))
     return code_rates(layout, pages, key, value, place >= start + sinks)
+
+
+def stored_keys(stored: CachedKV) -> Tensor:
+    """K alone of `stored_values`."""
+    tail = stored.tail_key[0, 0].float()
+    if not stored.groups:
+        return tail
+    paged = expand_keys(stored.groups[0].layout, stored.groups[0].pages[0, 0]).flatten(0, 1)
+    key = torch.cat([paged, tail])
+    if stored.sink_key is not None and stored.page_tokens:
+        columns, inside = (x[0] for x in stored.sink_columns())
+        key[columns[inside]] = stored.sink_key[0, 0, inside].float()
+    return key
 
 
 def stored_values(stored: CachedKV) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,7 @@ class Watcher:
         new = query.shape[1]
         rows = shadow.chosen_rows(new, self.settings.queries)
         exact = kept.read()
-        values = shadow.stored_values(stored)
+        values = shadow.stored_values(stored) if out is None else (shadow.stored_keys(stored), None)
         error, kl = shadow.attention_errors(
             query[:, rows], None if out is None else out[:, rows], exact, values, rows, new, scale, softcap, start
         )

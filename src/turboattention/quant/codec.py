@@ -109,6 +109,12 @@ def expand_pages(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
     return rotate(key) if layout.key.rotated else key, rotate(value) if layout.value.rotated else value
 
 
+def expand_keys(layout: PageLayout, pages: Tensor) -> Tensor:
+    """K alone of `expand_pages`: V costs as much again, and a rotation."""
+    key = _decode_side(layout, pages, "key", layout.key).expand()
+    return rotate(key) if layout.key.rotated else key
+
+
 def _neutralise(x: Tensor, valid: Tensor, fmt: TensorFormat) -> Tensor:
     mask = valid.unsqueeze(-1)
     if not isinstance(fmt.granularity, PerChannel | PerBlock):
