@@ -5,10 +5,10 @@
     python benchmarks/watch_overhead.py --model qwen2.5-coder-1.5b --context 4096 --context 32768 --device cuda \
         --dtype bfloat16 --out benchmarks/results/watch_overhead.csv
 
-Three requests of one process take turns, block by block: without a watch, with one that never checks, and with one that
-checks every step. On a CPU (one thread) it is the processor time of the thread inside of the watch's calls, because whole
-steps differ by more than that from block to block where other programs run; on a GPU the wall clock around blocks that
-end with a synchronisation. One row for each context:
+Three requests of one process take turns, block by block: without a watch, with one that never checks, and with one
+that checks every step. On a CPU (one thread) it is the processor time of the thread inside of the watch's calls,
+because whole steps differ by more than that from block to block where other programs run; on a GPU the wall clock
+around blocks that end with a synchronisation. One row for each context:
 
 step_ms        median time of a step without a watch
 keep, check    what keeping and what a check add to a step, as a share of it
