@@ -117,6 +117,8 @@ async def _reply(fake: Fake, head: str, body: Any, writer: asyncio.StreamWriter)
     wrong = fake.behave(prompt)
     if wrong == "500":
         return _json(writer, 500, {"detail": f"out of memory, key {sent}"})
+    if wrong == "gone":
+        return None
     if wrong == "html":
         return _send(writer, 200, "text/html", "<html>busy</html>")
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n: hello\n\n")

@@ -61,6 +61,7 @@ def test_both_apis_give_the_same_answer(request_: Request) -> None:
         ("html", "protocol", "text/html", ""),
         ("slow", "timeout", "within 0.4 s", " hi hi"),
         ("cut", "cut", "without its end mark", " hi hi"),
+        ("gone", "cut", "disconnected", ""),
         ("garbage", "protocol", "{not json", " hi hi"),
         ("error", "http", "engine died", " hi hi"),
     ],
@@ -73,6 +74,16 @@ def test_failures_are_in_the_answer(behave: str, kind: str, words: str, text: st
     assert answer.error.kind == kind
     assert words in answer.error.message
     assert answer.text == text, "what came before is kept"
+
+
+def test_a_connection_that_had_been_closed_is_opened_again() -> None:
+    def behave(prompt: str) -> str:
+        return "gone" if fake.prompts() == ["say hi"] else ""
+
+    with running(Fake(behave=behave)) as fake:
+        _, [answer] = ask(fake, Request("a", "say hi"))
+    assert answer.error is None
+    assert fake.prompts() == ["say hi"] * 2
 
 
 def test_a_server_that_is_gone() -> None:

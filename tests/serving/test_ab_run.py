@@ -146,6 +146,8 @@ def test_a_changed_run_is_refused(whole: tuple[Path, tuple[Fake, Fake]], tmp_pat
     with pytest.raises(InvalidInputError, match=r"candidate model: fake.*received candidate model: other"):
         compare(tmp_path / "run", (first, second), requests=FEW)
     second.models = kept
+    (tmp_path / "run" / ANSWERS).write_bytes(b"")
+    compare(tmp_path / "run", (second, first), requests=FEW)  # without answers nothing is bound
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -110,8 +110,14 @@ class Endpoint:
             raise invalid(f"--{self.name}-model", f"one of {', '.join(names[:8])}", repr(self.model))
 
     async def ask(self, request: Request) -> Answer:
+        answer, stale = await self._once(request)
+        # A server may close a connection that has been idle at the moment in which it is used again.
+        return (await self._once(request))[0] if stale else answer
+
+    async def _once(self, request: Request) -> tuple[Answer, bool]:
+        """The answer, and whether the connection was gone before the server said anything."""
         started_at, start = time.time(), time.perf_counter()
-        stream, failure = Stream(), None
+        stream, failure, stale = Stream(), None, False
         try:
             async with asyncio.timeout(self.timeout_s):
                 await self._read(request, stream, start)
@@ -120,16 +126,17 @@ class Endpoint:
         except BrokenStreamError as error:
             failure = error.failure
         except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
-            reason = self._reason(error)
             unreachable = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-            failure = Failure("unreachable" if unreachable else "cut", reason)
+            stale = not unreachable and not stream.opened
+            failure = Failure("unreachable" if unreachable else "cut", self._reason(error))
         if failure is None and not (stream.done or stream.finish):
             failure = Failure("cut", "the stream ended without its end mark")
-        return self._answer(request, stream, failure, started_at, time.perf_counter() - start)
+        return self._answer(request, stream, failure, started_at, time.perf_counter() - start), stale
 
     async def _read(self, request: Request, stream: Stream, start: float) -> None:
         path, body = self._body(request)
         async with self.client.stream("POST", f"{self.url}/{path}", json=body) as reply:
+            stream.opened = True
             kind = reply.headers.get("content-type", "")
             if reply.status_code != 200:
                 raise BrokenStreamError(await self._http_failure(reply))

@@ -28,6 +28,7 @@ class Stream:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     finish: str | None = None
+    opened: bool = False  # the server has begun to answer
     done: bool = False
 
     def line(self, line: str, seconds: float) -> None:

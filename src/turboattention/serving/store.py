@@ -73,15 +73,14 @@ class Store:
     def _check_settings(self) -> None:
         path = self.folder / RUN
         now = json.loads(json.dumps({"schema": SCHEMA, **hide(self.settings, self.secrets)}))
-        if not path.exists():
-            if (self.folder / ANSWERS).stat().st_size:
-                raise invalid("--out", "a folder of an A/B run or a new one", f"{ANSWERS} without {RUN}")
+        if not (self.folder / ANSWERS).stat().st_size:  # a run that could not start binds nobody
+            (self.folder / REQUESTS).unlink(missing_ok=True)
             self._write(path, json.dumps(now, indent=2) + "\n")
             return
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise invalid("--out", f"a readable {RUN}", f"{path} ({error})") from error
+            raise invalid("--out", f"a folder with {RUN}, or a new one", f"{path} ({error})") from error
         self.found = before.pop("found", {}) if isinstance(before, dict) else {}
         self._refuse_changes(before, now)
 
