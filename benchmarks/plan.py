@@ -19,7 +19,7 @@ from typing import Any
 
 from turboattention.planning.calibration import Calibration, Fit, load_calibration
 from turboattention.planning.gpu import Gpu, load_gpus
-from turboattention.planning.kv_bytes import Form, all_forms, read_bytes, sequence_bytes
+from turboattention.planning.kv_bytes import Form, all_forms, sequence_bytes
 from turboattention.planning.model import ModelFacts, read_model
 from turboattention.planning.roofline import decode_step, prompt_flops, prompt_seconds
 
@@ -157,10 +157,10 @@ def comparison() -> list[dict[str, Any]]:
         found.append({
             "form": form.name, "layers": model.layers, "requests": requests, "tokens": tokens, "date": row["date"],
             "ms": measured_ms(row), "predicted_ms": predicted(form, model, gpu, calibration, row),
-            "prefill": float(row["prefill_tokens_per_s"]),
+            # Short prompts all at once are another measurement: the host and launches, not compute.
+            "prefill": float(row["prefill_tokens_per_s"]) if tokens >= SHORT else None,
             "predicted_prefill": tokens / prompt_seconds(model, gpu, calibration, tokens),
             "fits": int(row["kv_tokens"]), "predicted_fits": (room - fixed) / ((two - one) / 6400),
-            "read_bytes": read_bytes(form, model, tokens, None),
         })  # fmt: skip
     return found
 
@@ -170,7 +170,7 @@ def compare() -> None:
     print("| cache | layers, requests, prompt | ms a token: measured, predicted | prompt tokens/s | tokens that fit |")
     print("|---|---|---|---|---|")
     for x in comparison():
-        cells = [f"{a:{form}}, {b:{form}} ({b / a - 1:+.0%})" for a, b, form in (
+        cells = ["-" if a is None else f"{a:{form}}, {b:{form}} ({b / a - 1:+.0%})" for a, b, form in (
             (x["ms"], x["predicted_ms"], ".2f"), (x["prefill"], x["predicted_prefill"], ",.0f"),
             (x["fits"], x["predicted_fits"], ",.0f"),
         )]  # fmt: skip

@@ -124,7 +124,8 @@ def test_times_are_within_a_fifth_of_vllm(benchmark: ModuleType) -> None:
     for row in rows:
         case = (row["form"], row["layers"], row["requests"], row["tokens"])
         assert row["predicted_fits"] == pytest.approx(row["fits"], rel=0.01), case
-        assert row["predicted_prefill"] == pytest.approx(row["prefill"], rel=0.1), case
+        if row["prefill"] is not None:
+            assert row["predicted_prefill"] == pytest.approx(row["prefill"], rel=0.1), case
         assert row["predicted_ms"] == pytest.approx(row["ms"], rel=0.2), case
 
 
