@@ -22,7 +22,7 @@ VERDICTS = {
 }
 
 REVIEW_HEADER = ("judged blind by people", "value (95 % interval; count)")
-LIMITS_HEADER = ("limit", "value", "measured", "outcome", "why")
+LIMITS_HEADER = ("limit", "at", "measured", "outcome", "why")
 
 
 class Row(NamedTuple):
