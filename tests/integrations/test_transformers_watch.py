@@ -17,6 +17,7 @@ import turboattention as ta
 from turboattention.errors import InvalidInputError, RefusedError, UnsupportedError
 from turboattention.integrations.transformers import TurboCache
 from turboattention.integrations.transformers_watch import Watch, watch
+from turboattention.monitoring.kept import Kept
 from turboattention.monitoring.limits import Limit
 from turboattention.monitoring.settings import WatchSettings
 from turboattention.monitoring.shadow import Check
@@ -217,7 +218,10 @@ def test_a_check_that_fails_never_ends_an_answer(model: LlamaForCausalLM, monkey
         watching = watch(enabled, ALL)
         monkeypatch.setattr(watching.watcher, "_checked", no_memory)
         steps(model, begun(model, "turbo4"), 2)
-    assert watching.watcher.skipped == {"error": 2 * LAYERS * KV_HEADS}
+        assert watching.watcher.skipped == {"error": 2 * LAYERS * KV_HEADS}
+        monkeypatch.setattr(Kept, "append", no_memory)
+        steps(model, begun(model, "turbo4"), 2)
+    assert watching.watcher.skipped == {"error": 3 * LAYERS * KV_HEADS}  # once for each head, which is then left
 
 
 def test_mistakes(model: LlamaForCausalLM, tmp_path: Path):

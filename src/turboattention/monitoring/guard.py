@@ -45,6 +45,8 @@ class Observer(Protocol):
 
     def window(self, layer: str, measure: str, mean: float, raised: bool) -> None: ...
 
+    def forgotten(self, layer: str, measure: str) -> None: ...
+
     def responded(self, name: str, failed: bool) -> None: ...
 
 
@@ -119,6 +121,8 @@ class Guard:
         """Judge a layer anew: windows and alarms of it are gone."""
         for key in [key for key in self._watched if key[0] == layer]:
             del self._watched[key]
+            if self.observer is not None:
+                self.observer.forgotten(*key)
 
     def retry(self) -> None:
         """Try responses again that failed."""

@@ -95,5 +95,8 @@ class GuardMetrics:
         self._window.labels(layer, measure).set(mean)
         self._alarm.labels(layer, measure).set(1 if raised else 0)
 
+    def forgotten(self, layer: str, measure: str) -> None:
+        self._alarm.labels(layer, measure).set(0)
+
     def responded(self, name: str, failed: bool) -> None:
         self._responses.labels(name, "failed" if failed else "done").inc()

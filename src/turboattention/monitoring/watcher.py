@@ -83,9 +83,13 @@ class Watcher:
 
     def keep(self, kept: Kept, key: Tensor, value: Tensor) -> bool:
         """Add exact ``[tokens, head_dim]``; False when the head is watched no longer because memory does not allow."""
-        if kept.append(key, value):
-            return True
-        self.skip("memory", f"more than {self.settings.memory_mib:g} MiB of exact K and V")
+        try:
+            if kept.append(key, value):
+                return True
+            self.skip("memory", f"more than {self.settings.memory_mib:g} MiB of exact K and V")
+        except RuntimeError as error:
+            kept.drop()
+            self.skip("error", error)
         return False
 
     @torch.inference_mode()
