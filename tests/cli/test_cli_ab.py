@@ -79,6 +79,7 @@ def test_an_interrupt_leaves_a_partial_report(
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
     for text in (captured.out, captured.err, *(path.read_text() for path in (tmp_path / "run").iterdir())):
         assert KEY not in text
+        assert "\x1b" not in text, "a server does not steer the terminal"
 
 
 @pytest.mark.parametrize(

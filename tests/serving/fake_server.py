@@ -116,7 +116,7 @@ async def _reply(fake: Fake, head: str, body: Any, writer: asyncio.StreamWriter)
     prompt = prompt_of(body)
     wrong = fake.behave(prompt)
     if wrong == "500":
-        return _json(writer, 500, {"detail": f"out of memory, key {sent}"})
+        return _json(writer, 500, {"detail": f"out of memory \x1b[2J, key {sent}"})
     if wrong == "gone":
         return None
     if wrong == "html":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from turboattention.cli.requirements import require
 from turboattention.errors import TurboAttentionError
+from turboattention.report.words import printable
 
 MISTAKE, INTERRUPTED = 2, 130
 
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(sys.argv[1:] if arguments is None else arguments)
     except TurboAttentionError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", printable(" ".join(str(error).split())), file=sys.stderr)  # it may quote a server
         return MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED
