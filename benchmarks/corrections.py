@@ -88,7 +88,9 @@ class Setting:
 
     policy: Policy | None = None
     correct: Correction = _nothing
-    bias: str = ""  # of K against the softmax's Jensen shift: per ``query``, or one per ``page``
+    # Of scores, half of their variance: per ``query`` or one per ``page``; ``+`` raises compressed tokens. Lowering is
+    # right for errors that don't know the codes, raising for codes at the middle of what they stand for.
+    bias: str = ""
     centred: str = ""  # ``key`` and/or ``value`` minus a fixed mean before rounding
     means: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # layer -> [kv_heads, head_dim], of another text
     learning: bool = False
@@ -102,8 +104,10 @@ VARIANTS: dict[str, tuple[float, Correction, str, str]] = {
     "mean error of K, 8 bits": (1 / 16, _mean_of_key, "", ""),
     "21 outliers of V": (1 / 16, _outliers_of_value, "", ""),
     "21 outliers of K": (1 / 16, _outliers_of_key, "", ""),
-    "bias of K per query": (0.0, _nothing, "query", ""),
-    "bias of K per page": (1 / 512, _nothing, "page", ""),
+    "bias of scores per query, lower": (0.0, _nothing, "query-", ""),
+    "bias of scores per query, higher": (0.0, _nothing, "query+", ""),
+    "bias of scores per page, lower": (1 / 512, _nothing, "page-", ""),
+    "bias of scores per page, higher": (1 / 512, _nothing, "page+", ""),
     "K centred": (0.0, _nothing, "", "key"),
     "V centred": (0.0, _nothing, "", "value"),
 }
@@ -163,9 +167,10 @@ def _attend(
         read = (columns // PAGE < rows // PAGE) & (columns > 0)
         scores = torch.where(read, part @ stored_key[:, :last].mT, part @ exact_key[:, :last].mT) * scale
         if SETTING.bias:  # E exp(s + e) = exp(s + var / 2)
-            squares = part.square() if SETTING.bias == "query" else None
+            squares = part.square() if "query" in SETTING.bias else None
+            half = 0.5 * scale**2 * (1 if "+" in SETTING.bias else -1)
             shift = squares @ variance.mT if squares is not None else (variance * power).sum(-1)[:, None]
-            scores -= torch.where(read, 0.5 * scale**2 * shift.repeat_interleave(PAGE, -1)[..., :last], 0.0)
+            scores += torch.where(read, half * shift.repeat_interleave(PAGE, -1)[..., :last], 0.0)
         weights = scores.masked_fill_(columns > rows, -torch.inf).softmax(-1)
         found = (weights * read) @ stored_value[:, :last] + (weights * ~read) @ exact_value[:, :last]
         out[:, :, first:last] = found.unflatten(1, (-1, last - first))

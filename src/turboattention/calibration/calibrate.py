@@ -39,6 +39,7 @@ from turboattention.policy import ModelShape, Policy
 
 _SEEDS = 1_000_003  # between the seeds of windows of neighbouring runs
 PROBE_TOKENS = 384  # of a tuning window, for the measured sensitivities
+DEPTH_TOKENS = 512  # of the first held-out text
 
 
 class Calibration(NamedTuple):
@@ -81,7 +82,7 @@ def calibrate(
     points = held_out_points(session, policy, others, statistics)
     found = retrieval(session, policy, others)
     with session.timed("errors by depth and head"):
-        depth = error_by_depth(session.model, session.plan.held_out[:1, : settings.window], policy)
+        depth = error_by_depth(session.model, session.plan.held_out[:1, :DEPTH_TOKENS], policy)
         heads = head_errors(session, policy)
     result = CalibrationResult(
         environment=environment(session.model.dtype, session.model.device),
