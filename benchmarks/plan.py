@@ -3,7 +3,7 @@
     python benchmarks/plan.py fit        # writes src/turboattention/planning/calibration.json
     python benchmarks/plan.py compare    # prints the table of docs/planning.md
 
-Of rows of the same case the newest counts. Of vLLM's runs the first is left out: it compiles.
+Of rows of the same case the newest counts.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 from turboattention.planning.calibration import Calibration, Fit, load_calibration
 from turboattention.planning.gpu import Gpu, load_gpus
-from turboattention.planning.kv_bytes import Form, all_forms, sequence_bytes
+from turboattention.planning.kv_bytes import BF16, FP8, Form, all_forms, sequence_bytes
 from turboattention.planning.model import ModelFacts, read_model
 from turboattention.planning.roofline import decode_step, prompt_flops, prompt_seconds
 
@@ -58,8 +58,10 @@ def serving_rows() -> list[dict[str, str]]:
 
 
 def measured_ms(row: dict[str, str]) -> float:
-    """Median time of a decode step without the first run; of an output token in rows without steps."""
-    runs = [float(x) for x in (row["step_all_ms"] or row["tpot_all_ms"]).split()]
+    """Time of a decode step; of an output token in rows without steps, the first run left out: it compiles."""
+    if row["step_ms"]:
+        return float(row["step_ms"])
+    runs = [float(x) for x in row["tpot_all_ms"].split()]
     return statistics.median(runs[1:] or runs)
 
 
@@ -72,7 +74,7 @@ def shape(layers: int) -> ModelFacts:
 
 def middle(row: dict[str, str]) -> int:
     """Tokens of a sequence in the middle of what `measured_ms` measured."""
-    return int(row["prompt_tokens"]) + OUTPUT // 2 + (OUTPUT if row["step_all_ms"] else 0)
+    return int(row["prompt_tokens"]) + OUTPUT // 2 + (OUTPUT if row["step_ms"] else 0)
 
 
 def line(points: list[tuple[float, float]], bandwidth: float) -> Fit:
@@ -106,21 +108,24 @@ def fit() -> dict[str, Any]:
                            / (int(r["batch"]) * int(r["kv_heads"])) for r in short)  # fmt: skip
     append = newest((r for r in read("operators_h100.csv") if r["op"] == "append"), "batch", "tokens")
     append_us = statistics.mean(float(r["candidate_ms"]) * 1e3 for r in append)
+    plain = {form.name: form for form in (BF16, FP8)}
 
-    served = [r for r in serving_rows() if r["kv"] == "auto"]
+    # vLLM's own caches alone: the rows of our pages are there to test the prediction.
+    served = [r for r in serving_rows() if SERVED[r["kv"]] in plain]
     long = [r for r in served if int(r["prompt_tokens"]) >= SHORT]
     host = [measured_ms(r) for r in served if int(r["prompt_tokens"]) < SHORT]
     start = Calibration(GPU, attention, unit, append_us, 0.0, 0.0, 1.0, 0, ())
-    bf16 = all_forms()[0]
     prefill = statistics.mean(
         prompt_flops(shape(int(r["layers"])), int(r["prompt_tokens"])) / int(r["prompt_tokens"])
         * float(r["prefill_tokens_per_s"]) / (gpu.dense_tflops or 0) / 1e12 for r in long
     )  # fmt: skip
     layer = statistics.mean(
-        (measured_ms(r) - predicted(bf16, shape(int(r["layers"])), gpu, start, r)) * 1e3 / int(r["layers"])
+        (measured_ms(r) - predicted(plain[SERVED[r["kv"]]], shape(int(r["layers"])), gpu, start, r))
+        * 1e3
+        / int(r["layers"])
         for r in long
     )
-    reserve = statistics.mean(left(r, gpu, bf16) for r in long)
+    reserve = statistics.mean(left(r, gpu, plain[SERVED[r["kv"]]]) for r in long)
     sources = [f"benchmarks/results/operators_h100.csv: {len(ours)} decode and {len(append)} append rows"]
     sources += [f"benchmarks/results/vllm_h100.csv: kv {r['kv']}, {r['layers']} layers, {r['requests']} requests of "
                 f"{r['prompt_tokens']} tokens, {r['date']}" for r in served]  # fmt: skip
