@@ -247,6 +247,15 @@ def test_mixed_tokenizers_are_said_and_not_compared(tmp_path: Path) -> None:
         assert "different tokens" in result.checks[1].reason
 
 
+def test_remarks_of_the_first_part_are_kept(tmp_path: Path) -> None:
+    with two(Fake(logprobs=False)) as fakes:
+        first = compare(tmp_path / "run", fakes, requests=FEW[:2]).result
+        again = compare(tmp_path / "run", fakes, requests=FEW[:2]).result
+    assert any("baseline: the server refuses log-probabilities" in remark for remark in first.remarks)
+    assert again.remarks == first.remarks
+    assert again.to_dict()["paired"] == first.to_dict()["paired"]
+
+
 def test_keys_reach_no_file(tmp_path: Path) -> None:
     """The server repeats the key in its answers and in its errors."""
     fake = Fake(

@@ -30,7 +30,7 @@ async def ask_all(
     """Ask what the store does not hold yet.
 
     The sides take turns, so that a machine that both share serves one of them at a time; who begins alternates, so that
-    a machine that slows down slows both. Remarks of the sides go to ``store.remarks``.
+    a machine that slows down slows both. Remarks of the sides are kept by the store.
     Raises OutageError, store.DiskError, or what a side raises before the first request.
     """
     if all((request.id, side.name) in store.answers for request in requests for side in sides):
@@ -39,8 +39,8 @@ async def ask_all(
     try:
         for side in sides:
             _tell(progress, len(store.answers), total, f"{side.name}: warming up")
-            store.remarks += await side.prepare(_warm_up(requests, warm_up))
-            store.pin(side.name, side.describe())
+            remarks = await side.prepare(_warm_up(requests, warm_up))
+            store.pin(side.name, side.describe(), remarks)
         size = WAVES * concurrency
         for number, start in enumerate(range(0, len(requests), size)):
             turn = requests[start : start + size]

@@ -81,7 +81,8 @@ class Store:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise invalid("--out", f"a folder with {RUN}, or a new one", f"{path} ({error})") from error
-        self.found = before.pop("found", {}) if isinstance(before, dict) else {}
+        if isinstance(before, dict):
+            self.found, self.remarks = before.pop("found", {}), before.pop("remarks", [])
         self._refuse_changes(before, now)
 
     def _refuse_changes(self, before: Any, now: Any, name: str = "") -> None:
@@ -92,14 +93,14 @@ class Store:
             expected = f"the run that {self.folder} holds ({what}: {old})"
             raise invalid("--out", expected, f"{what}: {new}", f"{hint}choose a new folder")
 
-    def pin(self, side: SideName, description: dict[str, str]) -> None:
+    def pin(self, side: SideName, description: dict[str, str], remarks: Iterable[str]) -> None:
         """What the side turned out to be, such as the model that a server lists: refused when it has changed."""
         description = hide(description, self.secrets)
         if side in self.found:
             self._refuse_changes(self.found[side], description, side)
-            return
         self.found[side] = description
-        data = {"schema": SCHEMA, **hide(self.settings, self.secrets), "found": self.found}
+        self.remarks += [remark for remark in hide(list(remarks), self.secrets) if remark not in self.remarks]
+        data = {"schema": SCHEMA, **hide(self.settings, self.secrets), "found": self.found, "remarks": self.remarks}
         self._write(self.folder / RUN, json.dumps(data, indent=2) + "\n")
 
     def _load(self) -> None:
