@@ -34,7 +34,11 @@ class Sampler:
 
 
 class Rotation:
-    """Turns: every item comes once before any comes twice, in an order that the seed decides."""
+    """Turns of heads (layer, head): each comes once before any comes twice, in an order that the seed decides.
+
+    Heads of a layer follow each other: a request then watches few layers, and most of what keeping costs is that the
+    code of a layer's first head is not in the processor's cache.
+    """
 
     def __init__(self, items: Sequence[tuple[int, int]], seed: int = 0) -> None:
         self._items, self._random = list(items), random.Random(seed)
@@ -44,12 +48,15 @@ class Rotation:
         """The next ``count`` distinct items, fewer where there are not so many."""
         taken: list[tuple[int, int]] = []
         while len(taken) < min(count, len(self._items)):
-            if not self._waiting:
-                self._waiting = self._random.sample(self._items, len(self._items))
             # Where one order ends and the next begins, an item already taken waits for the next turn.
             index = next((i for i, item in enumerate(self._waiting) if item not in taken), None)
             if index is None:
-                self._waiting += self._random.sample(self._items, len(self._items))
-                continue
-            taken.append(self._waiting.pop(index))
+                self._waiting += self._shuffled()
+            else:
+                taken.append(self._waiting.pop(index))
         return taken
+
+    def _shuffled(self) -> list[tuple[int, int]]:
+        items = self._random.sample(self._items, len(self._items))
+        layers = list(dict.fromkeys(layer for layer, _ in items))
+        return sorted(items, key=lambda item: layers.index(item[0]))
