@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from turboattention.calibration.capture import Captured, capturing, score_gradients
+from turboattention.calibration.capture import Captured, _score_of_draws, capturing, score_gradients
 from turboattention.calibration.levels import Unit, levels, policy_of, uniform
 from turboattention.calibration.sensitivity import (
     add,
@@ -89,6 +89,34 @@ def test_estimates_rank_units_as_measurements_do(loaded: LoadedModel) -> None:
     assert spearman(estimates, seen) > 0.9
     ratio = sum(estimates) / sum(seen)
     assert 0.4 < ratio < 2.5
+
+
+def test_draws_follow_the_distribution() -> None:
+    probability = torch.tensor([0.1, 0.0, 0.2, 0.3, 0.4])
+    gradient = _score_of_draws(probability.log().expand(1, 20_000, -1), torch.Generator().manual_seed(0))
+    drawn = gradient[0] + probability  # one-hot
+    torch.testing.assert_close(drawn.sum(-1), torch.ones(20_000))
+    # Four standard errors of the frequencies; what has no probability is never drawn.
+    torch.testing.assert_close(drawn.mean(0), probability, atol=0.014, rtol=0)
+    assert float(drawn[:, 1].abs().max()) == 0.0
+
+
+def test_errors_of_a_channel_add_up_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, gradient = torch.randn(2, 1, 2, 192, 64)
+    key, value = torch.randn(2, 1, 1, 192, 64)
+    captured = Captured(query, key, value, 0.125, gradient)
+    at_key = gradients_of_stored(captured)["key"]
+    sign = at_key.sign()
+    costs = []
+    # Errors that push the same way at every token, and ones that take turns.
+    for pattern in (torch.ones(192), torch.tensor([1.0, -1.0]).repeat(96)):
+        error = 0.01 * sign * pattern[:, None]
+        monkeypatch.setattr(
+            "turboattention.calibration.sensitivity.rounding_errors", lambda _, error=error: [("key", "2", error)]
+        )
+        costs.append(window_estimates({0: captured})[Unit(0, 0, "key")]["2"])
+    assert costs[0] == pytest.approx(0.5e-4 * float(at_key.abs().double().sum(1).square().sum()), rel=1e-4)
+    assert costs[1] < 0.2 * costs[0]
 
 
 def test_the_model_is_as_it_was(loaded: LoadedModel) -> None:
