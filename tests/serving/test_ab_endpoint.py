@@ -49,6 +49,7 @@ def test_both_apis_give_the_same_answer(request_: Request) -> None:
     assert answer.error is None
     assert len(answer.times_s) == 6
     assert 0 < answer.times_s[0] <= answer.times_s[-1] <= answer.total_s
+    assert answer.tpot_s == pytest.approx((answer.total_s - answer.times_s[0]) / 5)
     assert fake.asked[-1]["temperature"] == 0
     assert fake.asked[-1]["seed"] == 0
     assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer

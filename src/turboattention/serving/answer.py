@@ -58,10 +58,13 @@ class Answer:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per token after the first; None for answers of one token."""
-        if len(self.times_s) < 2 or self.completion_tokens < 2:
+        """Time per token after the first, up to the end of the stream; None for answers of one token.
+
+        The token that ends an answer has no text and no piece of its own, but the server took its time for it.
+        """
+        if self.ttft_s is None or self.completion_tokens < 2:
             return None
-        return (self.times_s[-1] - self.times_s[0]) / (self.completion_tokens - 1)
+        return (self.total_s - self.ttft_s) / (self.completion_tokens - 1)
 
     def to_dict(self, secrets: tuple[Secret, ...] = ()) -> dict[str, Any]:
         """JSON-ready and without keys; tokens go where hiding changed the text, which they would spell."""
