@@ -40,7 +40,7 @@ def prepass(width: int) -> list[Variant]:
     measured_with = {**sizes, "cu_q_ptr": None, "cu_k_ptr": None, "q_stride_d": 1, "k_stride_d": 1}
     return [
         Variant(f"quantise-{width}", int8_prepass.quantise, types, constants, 8, options={"enable_fp_fusion": False}),
-        Variant(f"measure-{width}", int8_prepass.measure, measured, measured_with, 16),
+        Variant(f"measure-{width}", int8_prepass.measure, measured, measured_with, 8),
     ]
 
 

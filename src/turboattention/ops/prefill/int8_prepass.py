@@ -217,7 +217,7 @@ def quantise_chunk(
     strides = [(0, x.stride(1), x.stride(0), x.stride(2)) if packed else x.stride() for x in (q, k, v)]
     measure[(kv_heads, sequences.batch)](
         q, k, chunk.mean, chunk.gain, sequences.cu_q, sequences.cu_k, sequences.max_q, sequences.max_k,
-        query_heads // kv_heads, kv_heads, *strides[0], *strides[1], **sizes, num_warps=16,
+        query_heads // kv_heads, kv_heads, *strides[0], *strides[1], **sizes, num_warps=8,
     )  # fmt: skip
     longest = max(sequences.max_q, sequences.max_k) if queries else sequences.max_k
     quantise[(-(-longest // BLOCK), heads + 2 * kv_heads, sequences.batch)](
