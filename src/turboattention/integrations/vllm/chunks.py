@@ -27,8 +27,9 @@ def attend_chunks(
     meta: TurboMetadata,
     scale: float,
     config: AttentionConfig,
-) -> Tensor:
-    """Causal attention of packed chunks ``[tokens, heads, head_dim]``; returns the same shape.
+    out: Tensor,
+) -> None:
+    """Causal attention of packed chunks ``[tokens, heads, head_dim]``, written into ``out`` of the same shape.
 
     before: the cache before the chunks, None where no chunk has any. On CPUs each sequence is one call over its codes.
     On GPUs what the codes stand for is written out in 16 bits with the chunk behind it (decision 0007), in parts of
@@ -38,12 +39,14 @@ def attend_chunks(
     if q.device.type == "cpu":
         if config.chunk_bits == 8:
             sequences = Sequences.packed(q, k, meta.cu, max_q=meta.longest)
-            return chunked_prefill(q, k, v, before, scale=scale, sequences=sequences).out
-        return _one_by_one(q, k, v, before, meta, scale)
+            out.copy_(chunked_prefill(q, k, v, before, scale=scale, sequences=sequences).out)
+            return
+        _one_by_one(q, k, v, before, meta, scale, out)
+        return
     attention = _int8 if config.chunk_bits == 8 else _flash
     if before is None:
-        return attention(q, k, v, meta.cu, meta.cu, meta.longest, meta.longest, scale)
-    out = torch.empty_like(q)
+        attention(q, k, v, meta.cu, meta.cu, meta.longest, meta.longest, scale, out)
+        return
     starts = [start - meta.first_token for start in meta.chunk_starts]
     for first, last in _parts(meta.contexts):
         tokens = slice(starts[first], starts[last])
@@ -54,8 +57,7 @@ def attend_chunks(
         keys, values, cu_k = expand_with_chunk(
             sequences_of(before, first, last), k[tokens], v[tokens], cu, total=sum(contexts), longest=max(contexts)
         )
-        out[tokens] = attention(q[tokens], keys, values, cu, cu_k, meta.longest, max(contexts), scale)
-    return out
+        attention(q[tokens], keys, values, cu, cu_k, meta.longest, max(contexts), scale, out[tokens])
 
 
 def _parts(contexts: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -70,30 +72,31 @@ def _parts(contexts: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _int8(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, scale: float
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, scale: float,
+    out: Tensor,
+) -> None:  # fmt: skip
     sequences = Sequences.packed(q, k, cu_q, cu_k, max_q=longest_q, max_k=longest_k)
-    return int8_prefill(q, k, v, scale=scale, sequences=sequences).out
+    out.copy_(int8_prefill(q, k, v, scale=scale, sequences=sequences).out)
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, scale: float
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, scale: float,
+    out: Tensor,
+) -> None:  # fmt: skip
     from vllm.v1.attention.backends import fa_utils
 
     version = fa_utils.get_flash_attn_version(head_size=q.shape[-1])
-    out: Tensor = fa_utils.flash_attn_varlen_func(
-        q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k,
+    fa_utils.flash_attn_varlen_func(
+        q=q, k=k, v=v, out=out, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k,
         softmax_scale=scale, causal=True, fa_version=version,
     )  # fmt: skip
-    return out
 
 
 def _one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, before: PagedKV | None, meta: TurboMetadata, scale: float
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, before: PagedKV | None, meta: TurboMetadata, scale: float,
+    out: Tensor,
+) -> None:  # fmt: skip
     """As transformers' path computes a chunk: its own tokens stand in the exact tail."""
-    out = torch.empty_like(q)
     starts = [start - meta.first_token for start in meta.chunk_starts]
     for i, (first, last) in enumerate(pairwise(starts)):
         if last == first:
@@ -105,4 +108,3 @@ def _one_by_one(
             key, value = (torch.cat([a.to(b.dtype), b], 2) for a, b in ((old.tail_key, key), (old.tail_value, value)))
             view = CachedKV(old.groups, old.page_tokens, key, value, old.sink_key, old.sink_value)
         out[first:last] = attend(x, view, scale=scale)[0].transpose(0, 1)
-    return out

@@ -109,8 +109,9 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
         if meta.prefilling is not None:
             first, last = meta.first_token, meta.chunk_starts[-1]
             part = slice(first, last)
-            out = attend_chunks(query[part], key[part], value[part], before, meta, self.scale, self.policy.attention)
-            output[part].copy_(out)
+            attend_chunks(
+                query[part], key[part], value[part], before, meta, self.scale, self.policy.attention, output[part]
+            )  # fmt: skip
         if meta.watch is not None:
             meta.watch.look(str(layer.layer_name), self, query, key, value, kv_cache, meta, output)
         return output
