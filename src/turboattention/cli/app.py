@@ -88,7 +88,7 @@ app.command(
 app.command(
     epilog=examples(
         "turboattention watch --metrics-url http://127.0.0.1:8000/metrics",
-        "turboattention watch --metrics-url http://gpu1:8000/metrics --limit relative_error=0.15:0.1 --webhook @hook.txt",
+        "turboattention watch --metrics-url http://gpu1:8000/metrics --limit relative_error=0.15:0.1 --webhook @h.txt",
         "turboattention watch --metrics-url http://gpu1:8000/metrics --reads 40 --interval 15 --json canary.json",
     )
 )(watch)
