@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--candidate", help="a server that is up; default: transformers, --policy")
     parser.add_argument("--policy", default="turbo4")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--port", type=int, default=8001, help="of the first server; the second takes the next one")
+    parser.add_argument("--port", type=int, default=8001, help="and the next two: second server, router")
     arguments, options = parser.parse_known_args()
     if not any(option.startswith(("--max-score", "--max-error", "--max-logprob", "--min-agree")) for option in options):
         options += LIMITS
@@ -87,7 +87,8 @@ def main() -> int:
         for number, policy in enumerate(("16-bit", arguments.policy)):
             if urls[number] is None:
                 urls[number] = stack.enter_context(started(policy, arguments.port + number, arguments.model))
-        server = make_router(urls[0], urls[1], share)
+        # Always the same address, so that a run that was cut short goes on.
+        server = make_router(urls[0], urls[1], share, arguments.port + 2)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         router = f"http://127.0.0.1:{server.server_address[1]}"
         done = list(steps(urls[0], urls[1], router, share, arguments.out, options))
