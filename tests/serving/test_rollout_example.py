@@ -32,6 +32,8 @@ def serving(server: ThreadingHTTPServer) -> Iterator[str]:
 def test_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A close candidate passes all steps; one that is too far ends at the pilot, and no traffic goes to it."""
     monkeypatch.syspath_prepend(str(EXAMPLE))
+    # Tests of the reports draw the plots; here they would take most of the time.
+    monkeypatch.setattr("turboattention.report.ab_page.render_ab", lambda *_: "")
     import rollout
     import router
     import server
