@@ -105,7 +105,8 @@ def test_window(window: int, isa: int):
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("kind", ["outlier", "channel", "peaked", "flat", "falling", "constant", "zero"])
 def test_hard_data(kind: str, isa: int):
-    q, k, v = tensors(2, 2, 128, 512, 64)
+    # Eight heads: "falling" makes 1.4 % on average, and two heads alone are up to 0.1 % off that.
+    q, k, v = tensors(8, 8, 128, 512, 64)
     harden(kind, q, k, v)
     for causal in (False, True):
         budget = 0.025 if kind == "outlier" else BUDGET

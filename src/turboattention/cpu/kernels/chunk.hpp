@@ -24,12 +24,18 @@ struct Chunk {
     }
 };
 
-// Largest magnitude of each channel in some rows of the queries of KV head h, spread over the sequence.
+// Token i of `count` that are spread over a sequence (`ops.prefill.int8.spread`).
+static inline int64_t spread(int64_t i, int64_t count, int64_t length) {
+    const int64_t first = i * length / count, size = (i + 1) * length / count - first;
+    return first + ((i * 40503 & 0xFFFF) * size >> 16);
+}
+
+// Largest magnitude of each channel in some rows of the queries of KV head h.
 static void sample_queries(const TaPrefill &a, const Sequence &s, int b, int h, float *row, float *most) {
     const int dim = a.head_dim, ratio = a.heads / a.kv_heads;
     for (int d = 0; d < dim; d++) most[d] = 0.0f;
-    for (int i = 0; s.queries > 0 && i < SAMPLES * ratio; i++) {
-        const int64_t token = s.first_q + (int64_t)(i / ratio) * s.queries / SAMPLES;
+    for (int i = 0; s.queries > 0 && i < QUERY_SAMPLES; i++) {
+        const int64_t token = s.first_q + spread(i, QUERY_SAMPLES, s.queries);
         read_row(a.q, b * a.q.batch + (h * ratio + i % ratio) * a.q.head + token * a.q.token, dim, 1.0f, row);
         for (int d = 0; d < dim; d += W) store(most + d, vmax(load(most + d), vabs(load(row + d))));
     }
@@ -43,8 +49,10 @@ static void measure_channels(void *context, int i, uint8_t *scratch) {
     const Channels of = c.of(b, h);
     float *row = (float *)scratch, *query = row + dim, *high = query + dim, *low = high + dim; // low: largest of -k
     for (int d = 0; d < dim; d++) of.mean[d] = 0.0f, high[d] = low[d] = NEG_INF;
-    for (int t = 0; t < s.tokens; t++) {
-        read_row(a.key, b * a.key.batch + h * a.key.head + (s.first_k + t) * a.key.token, dim, 1.0f, row);
+    const int count = min2(KEY_SAMPLES, s.tokens);
+    for (int i = 0; i < count; i++) {
+        const int64_t token = s.first_k + spread(i, count, s.tokens);
+        read_row(a.key, b * a.key.batch + h * a.key.head + token * a.key.token, dim, 1.0f, row);
         for (int d = 0; d < dim; d += W) {
             const vf x = load(row + d);
             store(of.mean + d, load(of.mean + d) + x);
@@ -52,7 +60,7 @@ static void measure_channels(void *context, int i, uint8_t *scratch) {
         }
     }
     for (int d = 0; d < dim; d += W) {
-        const vf mean = load(of.mean + d) / (float)max2(s.tokens, 1);
+        const vf mean = load(of.mean + d) / (float)max2(count, 1);
         store(of.mean + d, mean);
         store(high + d, vmax(load(high + d) - mean, load(low + d) + mean));
     }

@@ -9,7 +9,8 @@ namespace TA_ISA {
 constexpr int TILE = 128;   // tokens that share a scale
 constexpr int LEVELS = 127; // of a code, and of a weight
 constexpr float LEAST = 1e-30f;
-constexpr int SAMPLES = 64;            // query rows of a head that say how large Q's channels are
+constexpr int KEY_SAMPLES = 512;       // tokens that say what K's mean is and how large its channels are
+constexpr int QUERY_SAMPLES = 128;     // the same for Q: rows of all query heads of a KV head
 constexpr float LEAST_SHARE = 0x1p-8f; // of a head's largest channel that a channel counts as
 
 // K and V of one tile, one allocation after the other.

@@ -25,7 +25,6 @@ from turboattention.ops.prefill.sequences import BLOCK, Sequences
 
 _KEYS = tl.constexpr(KEY_SAMPLES)
 _QUERIES = tl.constexpr(QUERY_SAMPLES)
-_TILE = tl.constexpr(64)  # sampled rows at once
 _SMALLEST_SHARE = tl.constexpr(SMALLEST_SHARE)
 
 
@@ -81,17 +80,18 @@ def measure(
     """``mean`` and ``gain``, float32 ``[batch, kv_heads, WIDTH]``, of one KV head of one sequence."""
     head = tl.program_id(0)
     number = tl.program_id(1)
+    TILE: tl.constexpr = 64 if WIDTH <= 128 else 32  # sampled rows at once: more do not fit registers
     channels = tl.arange(0, WIDTH)
     real = (channels < HEAD_DIM)[None, :]
     first, length, _ = locate(cu_k_ptr, number, longest_k, PACKED)
     base = _head(k_ptr, head, number, first, k_stride_b, k_stride_h, k_stride_t, PACKED)
     count = tl.minimum(length, _KEYS)
     # Tiles are joined element by element and reduced once: a reduction for each tile waits for all warps.
-    total = tl.zeros([_TILE, WIDTH], tl.float32)
-    largest = tl.full([_TILE, WIDTH], -float("inf"), tl.float32)
-    least = tl.full([_TILE, WIDTH], float("inf"), tl.float32)
-    for i in tl.static_range(_KEYS // _TILE):
-        sample = i * _TILE + tl.arange(0, _TILE)
+    total = tl.zeros([TILE, WIDTH], tl.float32)
+    largest = tl.full([TILE, WIDTH], -float("inf"), tl.float32)
+    least = tl.full([TILE, WIDTH], float("inf"), tl.float32)
+    for i in range(_KEYS // TILE):
+        sample = i * TILE + tl.arange(0, TILE)
         seen = sample < count
         tokens = tl.where(seen, _spread(sample, tl.maximum(count, 1), length), length)
         x = _tile(base, tokens, length, channels, real, k_stride_t, k_stride_d)
@@ -99,9 +99,9 @@ def measure(
         largest = tl.maximum(largest, tl.where(seen[:, None], x, -float("inf")))
         least = tl.minimum(least, tl.where(seen[:, None], x, float("inf")))
     first_q, length_q, _ = locate(cu_q_ptr, number, longest_q, PACKED)
-    magnitude = tl.zeros([_TILE, WIDTH], tl.float32)
-    for i in tl.static_range(_QUERIES // _TILE):
-        sample = i * _TILE + tl.arange(0, _TILE)
+    magnitude = tl.zeros([TILE, WIDTH], tl.float32)
+    for i in range(_QUERIES // TILE):
+        sample = i * TILE + tl.arange(0, TILE)
         base_q = _head(q_ptr, head * ratio, number, first_q, q_stride_b, q_stride_h, q_stride_t, PACKED)
         tokens = _spread(sample, _QUERIES, length_q)
         at = base_q + (sample % ratio).to(tl.int64)[:, None] * q_stride_h + tokens.to(tl.int64)[:, None] * q_stride_t
