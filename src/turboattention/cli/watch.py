@@ -13,6 +13,7 @@ from turboattention.monitoring.guard import Guard, Response
 from turboattention.monitoring.limits import MEASURES, chosen_limits
 from turboattention.monitoring.reference import expected_errors
 from turboattention.monitoring.responses import Log, Refuse, Webhook, WritePolicy
+from turboattention.monitoring.settings import NO_CLIENT
 from turboattention.policy import Policy
 from turboattention.report.files import write_atomic
 
@@ -86,9 +87,7 @@ def watch(
     try:
         from turboattention.monitoring.sidecar import Sidecar, SidecarMetrics, serve
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            "prometheus-client: expected version 0.20 or later, received none; pip install 'turboattention[watch]'"
-        ) from error
+        raise MissingDependencyError(NO_CLIENT) from error
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     own = SidecarMetrics()

@@ -4,14 +4,13 @@ from functools import cache
 from typing import Any
 
 from turboattention.errors import MissingDependencyError
+from turboattention.monitoring.settings import NO_CLIENT
 from turboattention.monitoring.shadow import Check
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Summary
 except ImportError as error:
-    raise MissingDependencyError(
-        "prometheus-client: expected version 0.20 or later, received none; pip install 'turboattention[watch]'"
-    ) from error
+    raise MissingDependencyError(NO_CLIENT) from error
 
 ERROR_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 KL_BUCKETS = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 from turboattention.errors import MissingDependencyError, invalid
 from turboattention.monitoring.limits import ALL_LAYERS
+from turboattention.monitoring.settings import NO_CLIENT
 
 try:
     from prometheus_client.parser import text_string_to_metric_families
 except ImportError as error:
-    raise MissingDependencyError(
-        "prometheus-client: expected version 0.20 or later, received none; pip install 'turboattention[watch]'"
-    ) from error
+    raise MissingDependencyError(NO_CLIENT) from error
 
 _PREFIX = "turboattention_"
 LARGEST_PAGE = 64 * 2**20  # bytes of a /metrics page

@@ -7,6 +7,7 @@ from typing import Any
 from turboattention.errors import invalid
 
 MIB = 2**20
+NO_CLIENT = "prometheus-client: expected version 0.20 or later, received none; pip install 'turboattention[watch]'"
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def decode_step(
     fit, plain = calibration.attention[form.name], calibration.attention[BF16.name]
     active = model.active_parameters(batch)
     reading = active * weight_bits / 8 / (gpu.bandwidth * plain.share_of_bandwidth)
-    multiplying = 2 * _read_per_token(model) * batch / (_tflops(gpu) * 1e12 * calibration.prefill_share)
+    multiplying = 2 * model.active_parameters(1) * batch / (_tflops(gpu) * 1e12 * calibration.prefill_share)
     rest = model.layers * calibration.layer_us * 1e-6
     cache = sum(
         count * _attention(form, fit if window is None else plain, model, gpu, calibration, batch, tokens, window)
@@ -80,7 +80,7 @@ def prompt_flops(model: ModelFacts, tokens: int) -> float:
     """Floating-point operations of a prompt: two for each parameter and token, four for each score and channel."""
     width = 4 * model.query_heads * model.head_dim
     scores = sum(width * count * _seen(tokens, window) for window, count in model.kinds.items())
-    return 2 * _read_per_token(model) * tokens + scores
+    return 2 * model.active_parameters(1) * tokens + scores
 
 
 def _seen(tokens: int, window: int | None) -> float:
@@ -88,10 +88,6 @@ def _seen(tokens: int, window: int | None) -> float:
     if window is None or window >= tokens:
         return tokens * (tokens + 1) / 2
     return window * (window + 1) / 2 + (tokens - window) * window
-
-
-def _read_per_token(model: ModelFacts) -> float:
-    return model.active_parameters(1)
 
 
 def _tflops(gpu: Gpu) -> float:

@@ -104,15 +104,17 @@ def decode_pages(layout: PageLayout, pages: Tensor) -> Pages:
 
 def expand_pages(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
     """K and V of pages as float32 ``[..., tokens, channels]``, rotation undone: the expanded form."""
-    decoded = decode_pages(layout, pages)
-    key, value = decoded.key.expand(), decoded.value.expand()
-    return rotate(key) if layout.key.rotated else key, rotate(value) if layout.value.rotated else value
+    return _expand_side(layout, pages, "key", layout.key), _expand_side(layout, pages, "value", layout.value)
 
 
 def expand_keys(layout: PageLayout, pages: Tensor) -> Tensor:
     """K alone of `expand_pages`: V costs as much again, and a rotation."""
-    key = _decode_side(layout, pages, "key", layout.key).expand()
-    return rotate(key) if layout.key.rotated else key
+    return _expand_side(layout, pages, "key", layout.key)
+
+
+def _expand_side(layout: PageLayout, pages: Tensor, side: str, fmt: TensorFormat) -> Tensor:
+    x = _decode_side(layout, pages, side, fmt).expand()
+    return rotate(x) if fmt.rotated else x
 
 
 def _neutralise(x: Tensor, valid: Tensor, fmt: TensorFormat) -> Tensor:

@@ -123,9 +123,13 @@ def _references(data: Any) -> tuple[str, ...]:
     return tuple(several)
 
 
+def has_halves(text: str) -> bool:
+    """Whether a text holds halves of surrogate pairs: JSON can spell them, no server takes and no file keeps them."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _plain(text: str) -> str:
-    """JSON can hold halves of surrogate pairs, which no server takes and no file keeps."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if has_halves(text):
         raise invalid("text", "Unicode without lone surrogates", repr(text[:40]))
     return text
 

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from turboattention.errors import InvalidInputError, invalid
-from turboattention.serving.answer import Answer, SideName
+from turboattention.serving.answer import SIDES, Answer, SideName
 from turboattention.serving.prompts import Request
 from turboattention.serving.secrets import Secret, hide
 
@@ -153,7 +153,7 @@ class Store:
         self._lines(PAIRS, (pair for request in requests if (pair := self._pair(request)) is not None))
 
     def _pair(self, request: Request) -> dict[str, Any] | None:
-        both = [self.answers.get((request.id, side)) for side in ("baseline", "candidate")]
+        both = [self.answers.get((request.id, side)) for side in SIDES]
         if any(answer is None or answer.error is not None for answer in both):
             return None
         row: dict[str, Any] = {"id": request.id, "prompt": request.text(), "references": list(request.references)}

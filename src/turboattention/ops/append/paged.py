@@ -13,6 +13,7 @@ from torch import Tensor
 from turboattention.checks import check_heads
 from turboattention.config import check_choice
 from turboattention.errors import InvalidInputError, invalid
+from turboattention.ops.append.reference import add_query_power
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV, appending_to_own_rows
 from turboattention.quant.codec import encode_pages
 
@@ -125,9 +126,8 @@ def _store_page(
 
 def add_step_queries(power: Tensor, queries: Tensor, rows: Tensor | None, counts: Tensor | None) -> None:
     """Add one query of each sequence to its statistics; arguments as `append_paged`, rows those of the tail."""
-    squares = queries.float().square().unflatten(1, (power.shape[1], -1)).sum(2)
-    if counts is not None:
-        squares = torch.where((counts > 0)[:, None, None], squares, 0.0)
+    real = None if counts is None else (counts > 0)[:, None]
+    squares = add_query_power(None, queries.unsqueeze(2), power.shape[1], real)
     power.index_add_(0, torch.arange(len(power), device=power.device) if rows is None else rows, squares)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from turboattention.errors import InvalidInputError, invalid
-
-SIDES = ("baseline", "candidate")
+from turboattention.serving.answer import SIDES
+from turboattention.serving.prompts import has_halves
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _pair(row: Any) -> Pair:
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise invalid(name, "text", repr(value)[:80])
-    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can spell halves of characters
+    if has_halves(value):
         raise invalid(name, "Unicode text", "half of a surrogate pair")
     return value
 
