@@ -10,7 +10,7 @@ from rich.text import Text
 
 from turboattention.report.figures import small
 from turboattention.report.review import review_rows
-from turboattention.report.words import printable
+from turboattention.report.words import markdown_text, printable
 from turboattention.serving.result import ABResult, Check, Measured, SideResult, Spread
 from turboattention.serving.review.result import ReviewResult
 
@@ -124,9 +124,9 @@ def print_ab(result: ABResult, console: Console, review: ReviewResult | None = N
 def markdown(result: ABResult, command: str, review: ReviewResult | None = None) -> str:
     """The same, without the texts and the plots, which are in the page."""
     first, *others = headline(result)
-    parts = [f"# {_plain(first)}", *map(_plain, others)]
+    parts = [f"# {markdown_text(first)}", *map(markdown_text, others)]
     sides = ((name, getattr(result, name).description) for name in ("baseline", "candidate"))
-    parts.append("\n".join(f"- {name}: {_plain(side_name(description))}" for name, description in sides))
+    parts.append("\n".join(f"- {name}: {markdown_text(side_name(description))}" for name, description in sides))
     if result.checks:
         parts.append(_markdown_table(LIMITS_HEADER, map(cells, result.checks)))
     parts.append(_markdown_table(("", "baseline", "candidate", "candidate against baseline"), rows(result)))
@@ -134,7 +134,7 @@ def markdown(result: ABResult, command: str, review: ReviewResult | None = None)
     if review is not None:
         parts.append(_markdown_table(REVIEW_HEADER, review_rows(review)))
     if remarks(result):
-        parts.append("\n".join(f"- {_plain(remark)}" for remark in remarks(result)))
+        parts.append("\n".join(f"- {markdown_text(remark)}" for remark in remarks(result)))
     parts.append("Command:\n\n    " + " ".join(printable(command).split()))
     return "\n\n".join(parts) + "\n"
 
@@ -185,12 +185,6 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def _plain(text: str) -> str:
-    """Text of others must not become markup."""
-    escaped = "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in printable(text))
-    return " ".join(escaped.split())
-
-
 def _markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    body = [header, ["---"] * len(header), *(list(map(_plain, line)) for line in lines)]
+    body = [header, ["---"] * len(header), *(list(map(markdown_text, line)) for line in lines)]
     return "\n".join(f"| {' | '.join(line)} |" for line in body)

@@ -1,6 +1,6 @@
 """A ReviewResult as Markdown; the terminal shows the same."""
 
-from turboattention.report.words import printable
+from turboattention.report.words import markdown_text
 from turboattention.serving.review.result import Counts, ReviewResult
 
 
@@ -23,7 +23,7 @@ def render_review(result: ReviewResult) -> str:
     """Figures, then counts by rater."""
     lines = [
         "# Blind review", "",
-        f"{_cell(result.source)}; sides shuffled with seed {result.seed}.", "",
+        f"{markdown_text(result.source)}; sides shuffled with seed {result.seed}.", "",
         "| figure | value (95 % interval; count) |", "|---|---|",
         *(f"| {name} | {value} |" for name, value in review_rows(result)), "",
         "| rater | candidate better | baseline better | tie | both bad |", "|---|---|---|---|---|",
@@ -34,19 +34,13 @@ def render_review(result: ReviewResult) -> str:
             "",
             f"Left out, {len(result.bad_lines)} lines:",
             "",
-            *(f"- {_cell(line)}" for line in result.bad_lines),
+            *(f"- {markdown_text(line)}" for line in result.bad_lines),
         ]
     return "\n".join(lines) + "\n"
 
 
 def _counts(name: str, counts: Counts) -> str:
-    return f"| {_cell(name)} | {counts.candidate} | {counts.baseline} | {counts.tie} | {counts.both_bad} |"
-
-
-def _cell(text: str) -> str:
-    """Of a table: without what Markdown or HTML would take for its own."""
-    flat = " ".join(printable(text).split())
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#&!" else c for c in flat)
+    return f"| {markdown_text(name)} | {counts.candidate} | {counts.baseline} | {counts.tie} | {counts.both_bad} |"
 
 
 def _share(found: tuple[float, float, float, int] | None) -> str:

@@ -20,6 +20,12 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or not _controls(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def markdown_text(text: str) -> str:
+    """One line without what Markdown or HTML would take for its own: text of others must not become markup."""
+    flat = " ".join(printable(text).split())
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#&!" else c for c in flat)
+
+
 def _controls(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs") or character in _BIDIRECTIONAL
 
