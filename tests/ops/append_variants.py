@@ -5,9 +5,11 @@ from typing import Any
 from compile_kernels import Variant
 
 from turboattention.config import presets
+from turboattention.ops.append.packed import QUERY_SAMPLES
 from turboattention.ops.append.page_spec import PageSpec, page_spec
 from turboattention.ops.append.triton import compress_kernel
 from turboattention.ops.append.triton_paged import append_kernel
+from turboattention.ops.append.triton_queries import TILE, queries_kernel
 from turboattention.quant.layout import PageLayout
 
 # Strides of contiguous tensors with 8 heads and 4,096 tokens: as launched, multiples of 16.
@@ -61,7 +63,7 @@ def append(preset: str, head_dim: int, *, rope: bool = False, before: bool = Tru
     constants |= {"angle_b": 0, "angle_t": head_dim // 2, "S": spec, "BEFORE": before, "SINKS": 1}
     constants |= {"ANGLES": head_dim // 2 if rope else 0, "ROWS": 1 if before else 16}
     optional = {"cos": rope, "sin": rope, "power": bool(spec.refined), "counts": not before, "heads": not before}
-    optional |= dict.fromkeys(("tail_rows", "sink_rows"), not before)
+    optional |= dict.fromkeys(("tail_rows", "sink_rows", "starts"), not before)
     observed = before and bool(spec.refined)
     optional["queries"] = observed
     constants |= {"RATIO": 4 if observed else 0, "query_b": 1 << 12, "query_h": head_dim, "query_d": 1}
@@ -83,7 +85,19 @@ def append(preset: str, head_dim: int, *, rope: bool = False, before: bool = Tru
     )
 
 
+def queries(head_dim: int, **changes: Any) -> Variant:
+    types = {"power": "*fp32", "queries": "*bf16", "keep": "*fp32", "kv_heads": "i32"}
+    types |= dict.fromkeys(("starts", "counts", "rows"), "*i32")
+    constants = {"query_t": 32 * head_dim, "query_h": head_dim, "query_d": 1, "HEAD_DIM": head_dim, "RATIO": 4}
+    constants |= {"WIDTH": head_dim, "SAMPLES": QUERY_SAMPLES, "TILE": TILE}
+    unaligned = ("starts", "counts", "rows", "keep")
+    return Variant(
+        f"queries {head_dim}", queries_kernel, types, constants, num_warps=8, unaligned=unaligned, **changes
+    )  # fmt: skip
+
+
 VARIANTS = [
+    queries(128, targets=("sm_80", "sm_90", "gfx942")),
     append("int8", 64),
     append("turbo4", 128, targets=("sm_80", "sm_90")),
     append("turbo2", 128, rope=True, before=False, targets=("sm_90",)),

@@ -13,6 +13,7 @@ from compile_kernels import MATRIX, rows_of
 
 from turboattention.bench.hard_data import harden
 from turboattention.errors import InvalidInputError, UnsupportedError
+from turboattention.ops.common.sample import spread
 from turboattention.ops.prefill import int8, int8_prepass, int8_triton
 from turboattention.ops.prefill.int8_prefill import Implementation, int8_prefill
 from turboattention.ops.prefill.sequences import Sequences
@@ -132,7 +133,7 @@ def test_a_large_channel_does_not_coarsen_the_others(
 
 @pytest.mark.parametrize(("count", "length"), [(512, 512), (512, 513), (512, 8191), (7, 1 << 22), (128, 5), (3, 0)])
 def test_spread_takes_one_token_of_each_part(count: int, length: int) -> None:
-    tokens = int8.spread(count, length)
+    tokens = spread(count, length)
     edges = torch.arange(count + 1) * length // count
     assert len(tokens) == (count if length else 0)
     for token, first, last in zip(tokens.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=bool(length)):

@@ -1,6 +1,5 @@
 """Attention of chunks of prompts over themselves and over what the cache held before them."""
 
-from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,8 +15,6 @@ from turboattention.ops.prefill.expand import expand_with_chunk
 from turboattention.ops.prefill.int8_prefill import int8_prefill
 from turboattention.ops.prefill.sequences import Sequences
 
-WORKSPACE_TOKENS = 131072  # 512 MiB of K and V with 8 KV heads of 128 channels
-
 
 def attend_chunks(
     q: Tensor,
@@ -32,43 +29,30 @@ def attend_chunks(
     """Causal attention of packed chunks ``[tokens, heads, head_dim]``, written into ``out`` of the same shape.
 
     before: the cache before the chunks, None where no chunk has any. On CPUs each sequence is one call over its codes.
-    On GPUs what the codes stand for is written out in 16 bits with the chunk behind it (decision 0007), in parts of
-    WORKSPACE_TOKENS, and FlashAttention reads that; with chunk_bits 8 `int8_prefill`.
+    On GPUs what the codes stand for is written out in 16 bits with the chunk behind it (decision 0007), in parts
+    (`parts`), and FlashAttention reads that; with chunk_bits 8 `int8_prefill`.
     """
     assert meta.cu is not None  # there are chunks
+    assert meta.packed is not None  # always beside it
     if q.device.type == "cpu":
         if config.chunk_bits == 8:
-            sequences = Sequences.packed(q, k, meta.cu, max_q=meta.longest)
+            sequences = Sequences.packed(q, k, meta.cu, max_q=meta.packed.longest)
             out.copy_(chunked_prefill(q, k, v, before, scale=scale, sequences=sequences).out)
             return
         _one_by_one(q, k, v, before, meta, scale, out)
         return
     attention = _int8 if config.chunk_bits == 8 else _flash
     if before is None:
-        attention(q, k, v, meta.cu, meta.cu, meta.longest, meta.longest, scale, out)
+        attention(q, k, v, meta.cu, meta.cu, meta.packed.longest, meta.packed.longest, scale, out)
         return
-    starts = [start - meta.first_token for start in meta.chunk_starts]
-    for first, last in _parts(meta.contexts):
-        tokens = slice(starts[first], starts[last])
-        if tokens.start == tokens.stop:
-            continue
-        cu = meta.cu[first : last + 1] - starts[first]
-        contexts = meta.contexts[first:last]
+    for part in meta.parts:
         keys, values, cu_k = expand_with_chunk(
-            sequences_of(before, first, last), k[tokens], v[tokens], cu, total=sum(contexts), longest=max(contexts)
-        )
-        attention(q[tokens], keys, values, cu, cu_k, meta.longest, max(contexts), scale, out[tokens])
-
-
-def _parts(contexts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Runs of sequences whose contexts together fit the workspace; one that does not fit is alone."""
-    first, held = 0, 0
-    for i, tokens in enumerate(contexts):
-        if i > first and held + tokens > WORKSPACE_TOKENS:
-            yield first, i
-            first, held = i, 0
-        held += tokens
-    yield first, len(contexts)
+            sequences_of(before, part.first, part.last), k[part.tokens], v[part.tokens], part.cu_q,
+            total=part.total, longest=part.longest, cu_k=part.cu_k,
+        )  # fmt: skip
+        attention(
+            q[part.tokens], keys, values, part.cu_q, cu_k, meta.packed.longest, part.longest, scale, out[part.tokens]
+        )  # fmt: skip
 
 
 def _int8(

@@ -1,7 +1,6 @@
 """Attention of one layer inside vLLM: append the new tokens, then read pages, open page and sinks."""
 
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from turboattention.integrations.vllm.settings import (
     resolve_policy,
 )
 from turboattention.ops.append import paged_append_for
+from turboattention.ops.append.packed import add_packed_queries
 from turboattention.ops.append.paged import add_step_queries
 from turboattention.ops.prefill.over_cache import over_cache
 from turboattention.policy import ModelShape
@@ -124,9 +124,8 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
 
     def _snapshot(self, kv_cache: Tensor, numbers: Lengths) -> Any:
         view = self.pages.view(kv_cache, numbers, after=False)
-        return replace(
-            view, tail_key=view.tail_key[numbers.rows], tail_value=view.tail_value[numbers.rows], tail_rows=None
-        )  # fmt: skip
+        key, value = (x.index_select(0, numbers.rows) for x in (view.tail_key, view.tail_value))
+        return replace(view, tail_key=key, tail_value=value, tail_rows=None)
 
     def _append_tokens(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, numbers: Lengths) -> None:
         """One token of each sequence."""
@@ -161,25 +160,17 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
         output[part].copy_(drafts.tokens(found.out))
 
     def _append_chunks(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, meta: TurboMetadata) -> None:
-        """The chunks of prompts, one after the other."""
-        numbers, power = meta.prefilling, self.pages.power
+        """The chunks of prompts."""
+        numbers, packed, power = meta.prefilling, meta.packed, self.pages.power
         assert numbers is not None  # the caller has looked
-        assert meta.fresh is not None  # always beside it
-        starts = meta.chunk_starts
-        for i, (first, last) in enumerate(pairwise(starts)):
-            if last == first:
-                continue
-            one = numbers.part(i, i + 1)
-            if power is not None:
-                # The norm reads 16 bits and adds in 32 without a copy of the queries.
-                norm = torch.linalg.vector_norm(query[first:last], dim=0, dtype=torch.float32)
-                squares = norm.square().unflatten(0, (self.num_kv_heads, -1)).sum(1)[None]
-                rows = one.rows.long()
-                power.index_copy_(0, rows, power.index_select(0, rows) * meta.fresh[i : i + 1] + squares)
-            self._append(
-                self.pages.view(kv_cache, one, after=False), key[first:last].transpose(0, 1)[None],
-                value[first:last].transpose(0, 1)[None], when="after", fault=one.fault, query_power=power,
-            )  # fmt: skip
+        assert packed is not None  # always beside it
+        if power is not None:
+            assert meta.keep is not None  # as above
+            add_packed_queries(power, query, packed, rows=numbers.rows, counts=numbers.counts, keep=meta.keep)
+        self._append(
+            self.pages.view(kv_cache, numbers, after=False), key.transpose(0, 1)[None], value.transpose(0, 1)[None],
+            when="after", fault=numbers.fault, counts=numbers.counts, query_power=power, packed=packed,
+        )  # fmt: skip
 
 
 def refuse(*reasons: tuple[str, bool]) -> None:

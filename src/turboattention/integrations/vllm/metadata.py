@@ -18,10 +18,12 @@ from turboattention.errors import UnsupportedError
 from turboattention.integrations.vllm.drafts import Drafts
 from turboattention.integrations.vllm.faults import FaultWatch
 from turboattention.integrations.vllm.metrics import metrics
+from turboattention.integrations.vllm.parts import ChunkPart, parts_of
 from turboattention.integrations.vllm.report import log, say
 from turboattention.integrations.vllm.rows import RowMap
 from turboattention.integrations.vllm.settings import PAGE_TOKENS, resolve_watch
 from turboattention.integrations.vllm.transfer import to_device
+from turboattention.ops.append.packed import Packed
 
 if TYPE_CHECKING:
     from turboattention.integrations.vllm.watch import EngineWatch, StepWatch
@@ -62,9 +64,9 @@ class TurboMetadata(AttentionMetadata):  # type: ignore[misc]  # vLLM is not ins
     where any has more than one. prefilling: numbers of the others, None without.
     first_token: of the chunks in the packed tensors. tokens: all new tokens. chunk_starts: where each chunk begins
     and ends among the packed tokens, on the host. cu: the same, int32 on the device, from 0.
-    longest: chunk. has_prefix: whether any chunk has tokens before it.
-    contexts: bounds of the tokens of each chunk with those before it, on the host.
-    fresh: float32 ``[chunks, 1, 1]``, 0 where a row of the pool begins anew, else 1.
+    packed: where each chunk begins among all new tokens, and the longest.
+    has_prefix: whether any chunk has tokens before it; parts: then the chunks with them (`parts`), on GPUs.
+    keep: float32 ``[chunks]``, 0 where a row of the pool begins anew, else 1.
     copies: rows of query statistics to copy before the step (older runner): from, to.
     watch: what a watch looks at in this step, None for nothing.
     """
@@ -78,10 +80,10 @@ class TurboMetadata(AttentionMetadata):  # type: ignore[misc]  # vLLM is not ins
     first_token: int = 0
     chunk_starts: tuple[int, ...] = ()
     cu: Tensor | None = None
-    longest: int = 0
+    packed: Packed | None = None
     has_prefix: bool = False
-    contexts: tuple[int, ...] = ()
-    fresh: Tensor | None = None
+    parts: tuple[ChunkPart, ...] = ()
+    keep: Tensor | None = None
     copies: tuple[Tensor, Tensor] | None = None
     watch: "StepWatch | None" = None
 
@@ -146,12 +148,15 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
             meta.first_token = int(starts[decodes])
             meta.chunk_starts = tuple(int(x) for x in starts[decodes:])
             meta.cu = (common.query_start_loc[decodes : count + 1] - meta.first_token).to(torch.int32)
-            meta.longest = int(new[decodes:].max())
+            meta.packed = Packed(common.query_start_loc[decodes:count], int(new[decodes:].max()))
             meta.has_prefix = ends is None or bool((ends[decodes:] > new[decodes:]).any())
-            # Where vLLM knows no bound the table has one.
-            most = int(common.block_table_tensor.shape[1]) * PAGE_TOKENS
-            meta.contexts = tuple([most] * (count - decodes) if ends is None else ends[decodes:].tolist())
-            meta.fresh = self._fresh(common.req_idx, decodes, count, new, ends)
+            if meta.has_prefix and self.device.type != "cpu":
+                # Where vLLM knows no bound the table has one.
+                most = int(common.block_table_tensor.shape[1]) * PAGE_TOKENS
+                contexts = [most] * (count - decodes) if ends is None else ends[decodes:].tolist()
+                from_zero = [start - meta.first_token for start in meta.chunk_starts]
+                meta.parts = parts_of(meta.cu, from_zero, meta.prefilling.after, contexts)
+            meta.keep = self._kept(common.req_idx, decodes, count, new, ends)
         if self._wanted_watch is not None and not self._invented and ends is not None:
             meta.watch = self._watched(new, ends, decodes, common.block_table_tensor)
         return meta
@@ -271,7 +276,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
                 if layer.pages.power is not None:
                     layer.pages.power.index_fill_(0, rows, 0.0)
 
-    def _fresh(
+    def _kept(
         self,
         req_idx: "np.ndarray[Any, Any] | None",
         first: int,
@@ -286,7 +291,7 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
                 row, end = int(req_idx[i]), int(ends[i])
                 keep[i - first] = self._ends.get(row) == end - int(new[i])
                 self._ends[row] = end
-        return to_device(keep, self.device)[:, None, None]
+        return to_device(keep, self.device)
 
 
 def has_stable_rows(vllm_config: Any) -> bool:

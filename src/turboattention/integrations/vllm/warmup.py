@@ -11,7 +11,9 @@ from torch import Tensor
 from turboattention.integrations.vllm.drafts import Drafts
 from turboattention.integrations.vllm.impl import TurboAttentionImpl
 from turboattention.integrations.vllm.metadata import Lengths, TurboMetadata
+from turboattention.integrations.vllm.parts import parts_of
 from turboattention.integrations.vllm.settings import PAGE_TOKENS
+from turboattention.ops.append.packed import Packed
 
 PREFIX, CHUNK = 2 * PAGE_TOKENS, PAGE_TOKENS + 16  # tokens: pages before a chunk, and a page inside of it
 
@@ -71,8 +73,9 @@ def _steps(sequences: int, row: int, table: Tensor, width: int) -> Iterator[Turb
         chunk = _lengths(1, prefix, CHUNK, row, table)
         ends = torch.tensor([0, CHUNK], dtype=torch.int32, device=table.device)
         yield TurboMetadata(
-            0, _lengths(0, 0, 0, row, table), CHUNK, chunk, chunk_starts=(0, CHUNK), cu=ends, longest=CHUNK,
-            has_prefix=prefix > 0, contexts=(prefix + CHUNK,), fresh=torch.ones(1, 1, 1, device=table.device),
+            0, _lengths(0, 0, 0, row, table), CHUNK, chunk, chunk_starts=(0, CHUNK), cu=ends,
+            packed=Packed(ends[:1], CHUNK), has_prefix=prefix > 0,
+            parts=parts_of(ends, (0, CHUNK), chunk.after, (prefix + CHUNK,)), keep=torch.ones(1, device=table.device),
         )  # fmt: skip
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from turboattention.cpu import library, structs
 from turboattention.errors import invalid
 from turboattention.ops.append import paged, reference
+from turboattention.ops.append.packed import Packed
 from turboattention.ops.append.page_spec import supports
 from turboattention.ops.common.cpu_pages import describe_pages
-from turboattention.ops.common.paged_kv import PagedKV, appending_to_own_rows
+from turboattention.ops.common.paged_kv import PagedKV, appending_to_own_rows, sequences_of
 from turboattention.quant.layout import PageLayout
 
 
@@ -58,6 +59,7 @@ def append_paged(
     rope: tuple[Tensor, Tensor] | None = None,
     query_power: Tensor | None = None,
     queries: Tensor | None = None,
+    packed: Packed | None = None,
     isa: int | None = None,
 ) -> None:
     """`paged.append_paged` on the CPU: contract and arguments as there; isa: see `ops.decode.cpu.attend`.
@@ -69,14 +71,25 @@ def append_paged(
     if stored not in structs.DTYPES or any(supports(group.layout) for group in kv.groups):
         paged.append_paged(
             kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power,
-            queries=queries,
+            queries=queries, packed=packed,
         )  # fmt: skip
         return
     paged.check_step(
         kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power,
-        queries=queries,
+        queries=queries, packed=packed,
     )  # fmt: skip
     _check_memory(kv)
+    if packed is not None:
+        assert counts is not None  # check_step has looked
+        for row, (start, count) in enumerate(zip(packed.starts.tolist(), counts.tolist(), strict=True)):
+            if count:
+                part = slice(start, start + min(count, packed.longest))
+                power = query_power if query_power is None or kv.tail_rows is not None else query_power[row : row + 1]
+                append_paged(
+                    sequences_of(kv, row, row + 1), key[:, :, part], value[:, :, part], when=when,
+                    fault=fault[row : row + 1], window=window, query_power=power, isa=isa,
+                )  # fmt: skip
+        return
     if queries is not None and query_power is not None:
         paged.add_step_queries(query_power, queries, kv.tail_rows, counts)
     if kv.tail_rows is not None or kv.sink_rows is not None:

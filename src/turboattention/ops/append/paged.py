@@ -13,6 +13,7 @@ from torch import Tensor
 from turboattention.checks import check_heads
 from turboattention.config import check_choice
 from turboattention.errors import InvalidInputError, invalid
+from turboattention.ops.append.packed import Packed
 from turboattention.ops.append.reference import add_query_power
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV, appending_to_own_rows
 from turboattention.quant.codec import encode_pages
@@ -41,6 +42,7 @@ def append_paged(
     rope: tuple[Tensor, Tensor] | None = None,
     query_power: Tensor | None = None,
     queries: Tensor | None = None,
+    packed: Packed | None = None,
 ) -> None:
     """Append the new tokens of each sequence: full pages into the pools, the others into the tail.
 
@@ -56,18 +58,21 @@ def append_paged(
     query_power: float32 ``[rows of the tail, kv_heads, head_dim]``, see `encode_pages`.
     queries: ``[batch, heads, head_dim]`` of a step of one new token, whose squares are first added to query_power where
         the token is real.
+    packed: where the ``counts`` new tokens of each sequence are when key and value hold all of them one after the
+        other, ``[1, kv_heads, tokens, head_dim]``; without rope and queries.
     """
     check_step(
         kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power,
-        queries=queries,
+        queries=queries, packed=packed,
     )  # fmt: skip
     if queries is not None and query_power is not None:
         add_step_queries(query_power, queries, kv.tail_rows, counts)
     if kv.tail_rows is not None or kv.sink_rows is not None:
         with appending_to_own_rows(kv, query_power) as (own, power):
             append_paged(
-                own, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=power
-            )
+                own, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=power,
+                packed=packed,
+            )  # fmt: skip
         return
     stored = kv.tail_key.dtype
     key = key.to(stored) if rope is None else rotate_positions(key, *rope).to(stored)
@@ -75,10 +80,11 @@ def append_paged(
     size, capacity = kv.groups[0].layout.page_size, kv.tail_key.shape[2]
     sinks = 0 if kv.sink_key is None else kv.sink_key.shape[2]
     for row, (length, paged) in enumerate(zip(kv.lengths.tolist(), kv.page_tokens.tolist(), strict=True)):
-        count = key.shape[2] if counts is None else min(int(counts[row]), key.shape[2])
+        start, most = (0, key.shape[2]) if packed is None else (int(packed.starts[row]), packed.longest)
+        count = most if counts is None else min(int(counts[row]), most)
         end = length + count
         stop = max(0, (length if when == "before" else end) - window) // size
-        new_key, new_value = key[row, :, :count], value[row, :, :count]
+        new_key, new_value = (x[row if packed is None else 0, :, start : start + count] for x in (key, value))
         if not bool(new_key.isfinite().all() and new_value.isfinite().all()):
             fault[row] |= NOT_FINITE
         for page in range(paged // size, stop):
@@ -173,15 +179,18 @@ def check_step(
     rope: tuple[Tensor, Tensor] | None,
     query_power: Tensor | None,
     queries: Tensor | None = None,
+    packed: Packed | None = None,
 ) -> None:
     """Raise InvalidInputError for shapes and dtypes that do not fit; reads nothing from the device."""
     check_choice("when", when, ("before", "after"))
     rows, heads, capacity, dim = kv.tail_key.shape
     batch = rows if kv.tail_rows is None else kv.lengths.shape[0]
     check_heads("key", key, heads=heads, head_dim=dim)
-    n = key.shape[2]
-    if key.shape[0] != batch or not n:
-        raise invalid("key", f"batch {batch} and at least 1 token", f"shape {tuple(key.shape)}")
+    entries, n = (batch, key.shape[2]) if packed is None else (1, min(packed.longest, key.shape[2]))
+    if key.shape[0] != entries or n < 1:
+        raise invalid("key", f"batch {entries} and at least 1 token", f"shape {tuple(key.shape)}")
+    if packed is not None and (counts is None or rope is not None or queries is not None):
+        raise invalid("packed", "with counts, without rope and queries", "another call")
     if value.shape != key.shape:
         raise invalid("value", f"the shape of key {tuple(key.shape)}", tuple(value.shape))
     sizes = {group.layout.page_size for group in kv.groups}
@@ -195,6 +204,7 @@ def check_step(
         ("page_tokens", kv.page_tokens, (batch,), torch.int32),
         ("fault", fault, (batch,), torch.int32),
         ("counts", counts, (batch,), torch.int32),
+        ("starts", None if packed is None else packed.starts, (batch,), torch.int32),
         ("query_power", query_power, (rows, heads, dim), torch.float32),
         ("tail_rows", kv.tail_rows, (batch,), torch.int32),
         ("sink_rows", kv.sink_rows, (batch,), torch.int32),

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from turboattention.errors import UnsupportedError, invalid
+from turboattention.ops.append.packed import Packed
 from turboattention.ops.append.page_spec import page_spec, supports
 from turboattention.ops.append.paged import When, check_step
 from turboattention.ops.append.triton import DTYPES
@@ -33,6 +34,7 @@ def append_paged(
     rope: tuple[Tensor, Tensor] | None = None,
     query_power: Tensor | None = None,
     queries: Tensor | None = None,
+    packed: Packed | None = None,
 ) -> None:
     """Append the new tokens of each sequence; contract and arguments as `paged.append_paged`.
 
@@ -42,14 +44,14 @@ def append_paged(
     """
     check_step(
         kv, key, value, when=when, fault=fault, window=window, counts=counts, rope=rope, query_power=query_power,
-        queries=queries,
+        queries=queries, packed=packed,
     )  # fmt: skip
     _check_strides(kv, key, value, rope)
     for group in kv.groups:
         if reason := supports(group.layout):
             raise UnsupportedError(reason)
     for group in kv.groups:
-        _launch(group, kv, key, value, when, fault, window, counts, rope, query_power, queries)
+        _launch(group, kv, key, value, when, fault, window, counts, rope, query_power, queries, packed)
 
 
 def _check_strides(kv: PagedKV, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
@@ -89,8 +91,11 @@ def _launch(
     rope: tuple[Tensor, Tensor] | None,
     query_power: Tensor | None,
     queries: Tensor | None,
+    packed: Packed | None,
 ) -> None:
-    batch, kv_heads, n, _ = key.shape
+    batch, kv_heads = len(kv.lengths), key.shape[1]
+    n = key.shape[2] if packed is None else packed.longest
+    new = [x.stride() if packed is None else (0, *x.stride()[1:]) for x in (key, value)]
     spec = page_spec(group.layout)
     every = group.heads == tuple(range(kv_heads))
     sinks = kv.sink_key
@@ -102,9 +107,9 @@ def _launch(
         key, value, cos, sin, counts, kv.tail_key, kv.tail_value, sinks, kv.sink_value, group.pool, group.table,
         None if every else _head_numbers(group.heads, key.device),
         kv.lengths, kv.page_tokens, kv.tail_rows, kv.sink_rows if sinks is not None else None,
-        power, observed, fault,
+        power, observed, fault, None if packed is None else packed.starts,
         n, window, kv.tail_key.shape[2], kv_heads, group.table.shape[2], group.pool.shape[0],
-        *key.stride(), *value.stride(), *kv.tail_key.stride()[:3],
+        *new[0], *new[1], *kv.tail_key.stride()[:3],
         *((0, 0, 0) if sinks is None else sinks.stride()[:3]),
         *((0, 0) if cos is None else (cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))),
         *group.table.stride(), *((0, 0, 0) if observed is None else observed.stride()),
@@ -118,11 +123,13 @@ def _launch(
 # What changes from step to step must not compile the kernel again; numbers of some sequences of a batch begin anywhere.
 @triton.jit(
     do_not_specialize=["new_tokens", "window", "table_pages", "pool_pages"],
-    do_not_specialize_on_alignment=["counts", "table", "lengths", "page_tokens", "tail_rows", "sink_rows", "fault"],
-)
+    do_not_specialize_on_alignment=[
+        "counts", "table", "lengths", "page_tokens", "tail_rows", "sink_rows", "fault", "starts"
+    ],
+)  # fmt: skip
 def append_kernel(
     key, value, cos, sin, counts, tail_key, tail_value, sink_key, sink_value, pool, table, heads,
-    lengths, page_tokens, tail_rows, sink_rows, power, queries, fault,
+    lengths, page_tokens, tail_rows, sink_rows, power, queries, fault, starts,
     new_tokens, window, capacity, kv_heads, table_pages, pool_pages,
     key_b, key_h, key_t, key_d, value_b, value_h, value_t, value_d, tail_b, tail_h, tail_t,
     sink_b, sink_h, sink_t, angle_b, angle_t, table_b, table_h, table_p, query_b, query_h, query_d,
@@ -159,6 +166,10 @@ def append_kernel(
         sink_row = tl.load(sink_rows + row).to(tl.int64)
     key += row * key_b + head * key_h
     value += row * value_b + head * value_h
+    if starts is not None:
+        start = tl.load(starts + row).to(tl.int64)
+        key += start * key_t
+        value += start * value_t
     tail_key += tail_row * tail_b + head * tail_h
     tail_value += tail_row * tail_b + head * tail_h
     if power is not None:

@@ -19,12 +19,14 @@ def expand_with_chunk(
     *,
     total: int,
     longest: int,
+    cu_k: Tensor | None = None,
     implementation: Literal["triton", "reference"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K and V of each sequence, first what the cache stands for, then the exact tokens of its chunk.
 
     prefix: the cache before the chunks; its lengths may be 0. key, value: ``[tokens, kv_heads, head_dim]``, the chunks
     one after the other. cu_q: int32 ``[batch + 1]``, where each begins and ends.
+    cu_k: int32 ``[batch + 1]``, where each sequence with its chunk begins and ends in the result; None: made here.
     total, longest: of the tokens of all sequences with their chunks, and of the longest; bounds that the host knows.
     implementation: ``triton`` or ``reference``; None takes the first that fits, on a GPU with a warning for the latter.
 
@@ -37,8 +39,8 @@ def expand_with_chunk(
         raise invalid("key, value", expected, f"{tuple(key.shape)} and {tuple(value.shape)}")
     if cu_q.shape != (len(prefix.lengths) + 1,):
         raise invalid("cu_q", f"{len(prefix.lengths) + 1} numbers", tuple(cu_q.shape))
-    cu_k = torch.zeros_like(cu_q)
-    torch.cumsum(prefix.lengths + cu_q.diff(), 0, dtype=torch.int32, out=cu_k[1:])
+    if cu_k is None:
+        cu_k = bounds(prefix.lengths + cu_q.diff())
     keys, values = (torch.empty(total, heads, dim, dtype=key.dtype, device=key.device) for _ in range(2))
     missing = without_triton(key.device) or next(
         filter(None, (without_portable(g.layout) for g in prefix.groups)), None
@@ -52,6 +54,13 @@ def expand_with_chunk(
     else:
         _expand_reference(prefix, key, value, cu_q.tolist(), cu_k.tolist(), keys, values)
     return keys, values, cu_k
+
+
+def bounds(counts: Tensor) -> Tensor:
+    """int32 ``[batch + 1]``, where each of ``counts`` tokens one after the other begins and ends."""
+    found = counts.new_zeros(len(counts) + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=found[1:])
+    return found
 
 
 def _expand_reference(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from turboattention.errors import invalid
+from turboattention.ops.common.sample import spread
 from turboattention.ops.prefill.reference import AttentionOutput
 from turboattention.ops.prefill.sequences import BLOCK, Sequences
 from turboattention.quant.packing import permute_tokens, restore_tokens
@@ -118,18 +119,6 @@ def quantise_chunk(q: Tensor, k: Tensor, v: Tensor, scale: float, sequences: Seq
         codes, chunk.v_scale[:, tokens.scales(KEY_BLOCK)] = _quantise(_pad(value, tokens.blocks, 1), KEY_BLOCK)
         chunk.v[:, :, tokens.padded] = permute_tokens(_widen(codes, chunk.v.shape[1]).mT)
     return chunk
-
-
-def spread(count: int, length: int, device: torch.device | None = None) -> Tensor:
-    """Int64 ``[count]`` tokens, one in each of ``count`` equal parts of a sequence of ``length``; the first is token 0.
-
-    At a golden-ratio place within its part, because equal distances would see a channel that RoPE turns always alike.
-    Parts of less than a token repeat some.
-    """
-    i = torch.arange(count if length else 0, device=device)
-    first = i * length // max(count, 1)
-    size = (i + 1) * length // max(count, 1) - first
-    return first + ((i * 40503 & 0xFFFF) * size >> 16)
 
 
 def channel_gains(key: Tensor, q: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from turboattention.ops.common.sample_triton import spread
 from turboattention.ops.prefill.int8 import (
     KEY_SAMPLES,
     LEVELS,
@@ -59,13 +60,6 @@ def _tile(base, tokens, length, channels, real, stride_t, stride_d):
 
 
 @triton.jit
-def _spread(i, count, length):
-    """`int8.spread`."""
-    first = (i * length) // count
-    return first + (((i * 40503) & 0xFFFF) * (((i + 1) * length) // count - first) >> 16)
-
-
-@triton.jit
 def _share(x):
     share = tl.math.div_rn(x, tl.zeros_like(x) + tl.max(x, 0))
     return tl.where(share < 1.0, tl.maximum(share, _SMALLEST_SHARE), 1.0)
@@ -93,7 +87,7 @@ def measure(
     for i in range(_KEYS // TILE):
         sample = i * TILE + tl.arange(0, TILE)
         seen = sample < count
-        tokens = tl.where(seen, _spread(sample, tl.maximum(count, 1), length), length)
+        tokens = tl.where(seen, spread(sample, tl.maximum(count, 1), length), length)
         x = _tile(base, tokens, length, channels, real, k_stride_t, k_stride_d)
         total += x
         largest = tl.maximum(largest, tl.where(seen[:, None], x, -float("inf")))
@@ -103,7 +97,7 @@ def measure(
     for i in range(_QUERIES // TILE):
         sample = i * TILE + tl.arange(0, TILE)
         base_q = _head(q_ptr, head * ratio, number, first_q, q_stride_b, q_stride_h, q_stride_t, PACKED)
-        tokens = _spread(sample, _QUERIES, length_q)
+        tokens = spread(sample, _QUERIES, length_q)
         at = base_q + (sample % ratio).to(tl.int64)[:, None] * q_stride_h + tokens.to(tl.int64)[:, None] * q_stride_t
         x = tl.load(at + channels[None, :] * q_stride_d, mask=(tokens < length_q)[:, None] & real, other=0.0)
         magnitude = tl.maximum(magnitude, tl.abs(x.to(tl.float32)))
