@@ -2,13 +2,15 @@
 
     python benchmarks/vllm_serving.py check                                    # right tokens, on a small random model
     python benchmarks/vllm_serving.py measure --kv turbo_int4 --kv auto --kv fp8 --out benchmarks/results/vllm_h100.csv
+    python benchmarks/vllm_serving.py fill --kv turbo_int4 --kv auto --kv fp8 --requests 512 --out FILE
 
 ``measure`` starts an engine for each KV dtype in a process of its own: random weights in the shape of a Llama,
 REQUESTS prompts of TOKENS random tokens, all at once. Time per output token is (time of 65 tokens - time of 1 token) /
 64 of the whole job, so it includes the steps where prompts and answers mix; a decode step, in which all requests get a
 token and none is a prompt, is (time of 129 tokens - time of 65) / 64; prefill is all prompt tokens over the time of 1
-token. Medians of RUNS runs. Versions and card are in every row. Without vLLM's entry points (a source tree on
-PYTHONPATH) the plugin registers itself here.
+token. Medians of RUNS runs. ``fill`` is one job of as many requests as fit, at most REQUESTS, and NEW tokens for each:
+all tokens, of prompts and answers, over its time. With --watch the engine checks that share of steps. Versions and card
+are in every row. Without vLLM's entry points (a source tree on PYTHONPATH) the plugin registers itself here.
 """
 
 import argparse
@@ -29,7 +31,7 @@ OUTPUT = 65
 COLUMNS = (
     "kv", "device", "vllm", "torch", "layers", "requests", "prompt_tokens", "runs", "tpot_ms", "tpot_all_ms",
     "prefill_tokens_per_s", "prefill_all", "kv_tokens", "kv_bytes", "load_s", "graphs", "date", "failure",
-    "step_ms", "step_all_ms",
+    "step_ms", "step_all_ms", "watch", "new_tokens", "tokens_per_s",
 )  # fmt: skip
 OURS = ("turbo_int4", "turbo_k4v2", "turbo_int2")
 
@@ -79,17 +81,34 @@ def measure_one(kv: str, given: argparse.Namespace) -> dict[str, Any]:
         model = Path(folder)
         (model / "config.json").write_text(json.dumps(llama(given.layers)))
         start = time.perf_counter()
-        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, given.requests]}
+        fill = given.verb == "fill-one"
+        sizes = [size for size in (1, 64, 128, 256) if size == 1 or (fill and size < given.requests)]
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [*sizes, given.requests]}
+        watch = {"additional_config": {"turboattention": {"watch": {"share": given.watch}}}} if given.watch else {}
         llm = engine(
-            model, kv, load_format="dummy", max_model_len=given.tokens + 3 * OUTPUT, max_num_seqs=given.requests,
-            max_num_batched_tokens=8192, gpu_memory_utilization=given.memory, enable_prefix_caching=False,
-            compilation_config={"mode": 0, "cudagraph_mode": "NONE"} if given.eager else graphs,
+            model, kv, load_format="dummy", max_model_len=given.tokens + max(3 * OUTPUT, given.new),
+            max_num_seqs=given.requests, max_num_batched_tokens=8192, gpu_memory_utilization=given.memory,
+            enable_prefix_caching=False,
+            compilation_config={"mode": 0, "cudagraph_mode": "NONE"} if given.eager else graphs, **watch,
         )  # fmt: skip
         load = time.perf_counter() - start
     cache = llm.llm_engine.vllm_config.cache_config
+    fitting = (cache.num_gpu_blocks or 0) * cache.block_size
+    row = {
+        "kv": kv, "device": torch.cuda.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__,
+        "layers": given.layers, "requests": given.requests, "prompt_tokens": given.tokens, "runs": given.runs,
+        "kv_tokens": fitting, "kv_bytes": cache.kv_cache_memory_bytes or "", "load_s": round(load, 1),
+        "graphs": not given.eager, "watch": given.watch or "", "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    requests = min(given.requests, fitting // (given.tokens + given.new)) if fill else given.requests
     chosen = random.Random(0)
-    prompts = [[chosen.randrange(3, 32000) for _ in range(given.tokens)] for _ in range(given.requests)]
+    prompts = [[chosen.randrange(3, 32000) for _ in range(given.tokens)] for _ in range(requests)]
     generate(llm, prompts[:2], 4)  # compiles what the start has not
+    if fill:
+        start = time.perf_counter()
+        generate(llm, prompts, given.new)
+        rate = requests * (given.tokens + given.new) / (time.perf_counter() - start)
+        return row | {"requests": requests, "runs": 1, "new_tokens": given.new, "tokens_per_s": round(rate)}
     first, tpot, step = [], [], []
     for _ in range(given.runs):
         times = []
@@ -100,14 +119,10 @@ def measure_one(kv: str, given: argparse.Namespace) -> dict[str, Any]:
         first.append(given.requests * given.tokens / times[0])
         tpot.append((times[1] - times[0]) / (OUTPUT - 1) * 1e3)
         step.append((times[2] - times[1]) / (OUTPUT - 1) * 1e3)
-    return {
-        "kv": kv, "device": torch.cuda.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__,
-        "layers": given.layers, "requests": given.requests, "prompt_tokens": given.tokens, "runs": given.runs,
+    return row | {
         "tpot_ms": round(statistics.median(tpot), 3), "tpot_all_ms": " ".join(f"{x:.3f}" for x in tpot),
         "prefill_tokens_per_s": round(statistics.median(first)), "prefill_all": " ".join(f"{x:.0f}" for x in first),
-        "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size, "kv_bytes": cache.kv_cache_memory_bytes or "",
         "step_ms": round(statistics.median(step), 3), "step_all_ms": " ".join(f"{x:.3f}" for x in step),
-        "load_s": round(load, 1), "graphs": not given.eager, "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 
 
@@ -115,7 +130,7 @@ def measure(given: argparse.Namespace) -> int:
     """Each KV dtype in its own process; a failure is a row with its reason."""
     failed = 0
     for kv in given.kv:
-        command = [sys.executable, __file__, "one", "--kv", kv, *sys.argv[2:]]
+        command = [sys.executable, __file__, f"{given.verb}-one", "--kv", kv, *sys.argv[2:]]
         print(f"== {kv}", flush=True)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
@@ -236,7 +251,7 @@ def common(a: list[int], b: list[int]) -> int:
 def main() -> int:
     """Run one of the verbs of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("check", "measure", "one", "check-one"))
+    parser.add_argument("verb", choices=("check", "measure", "fill", "measure-one", "fill-one", "check-one"))
     parser.add_argument("--kv", action="append", default=[])
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--requests", type=int, default=32)
@@ -244,6 +259,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--memory", type=float, default=0.6)
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one engine")
+    parser.add_argument("--new", type=int, default=256, help="tokens of each answer of fill")
+    parser.add_argument("--watch", type=float, default=0.0, help="share of steps that are checked; 0: no watch")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--out", default="benchmarks/results/vllm_h100.csv")
     parser.add_argument("--log", default="", help="file that gets what the engines of measure print")
@@ -252,7 +269,7 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=8192)
     given = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    if given.verb == "one":
+    if given.verb in ("measure-one", "fill-one"):
         print("ROW " + json.dumps(measure_one(given.kv[0], given)), flush=True)
         return 0
     if given.verb == "check-one":
