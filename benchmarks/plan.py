@@ -29,7 +29,8 @@ from vllm_serving import OUTPUT, llama
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TARGET = ROOT / "src" / "turboattention" / "planning" / "calibration.json"
-GPU = "H100"
+GPU = "H100"  # the card whose rows give the numbers
+SERVED_ROWS = {GPU: "vllm_h100.csv", "H200": "vllm_h200.csv"}
 MEMORY_SHARE = 0.6  # what benchmarks/vllm_serving.py gives to vLLM
 # In rows of our pages older than this each step waited for the card, a fault since mended: they are left out.
 MENDED = "2026-11-25T15:00"
@@ -50,9 +51,9 @@ def newest(rows: Iterable[dict[str, str]], *case: str) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def serving_rows() -> list[dict[str, str]]:
-    """vLLM's rows with graphs, the newest of each case."""
-    rows = [row for row in read("vllm_h100.csv") if row["graphs"] == "True"]
+def serving_rows(gpu: str = GPU) -> list[dict[str, str]]:
+    """vLLM's rows of a card with graphs and without a watch, the newest of each case; rows of `fill` have no step."""
+    rows = [row for row in read(SERVED_ROWS[gpu]) if row["graphs"] == "True" and row["tpot_ms"] and not row["watch"]]
     rows = [row for row in rows if row["kv"] in ("auto", "fp8") or row["date"] >= MENDED]
     return newest(rows, "kv", "layers", "requests", "prompt_tokens")
 
@@ -149,10 +150,10 @@ def predicted(form: Form, model: ModelFacts, gpu: Gpu, calibration: Calibration,
 
 def comparison() -> list[dict[str, Any]]:
     """Predictions beside vLLM's rows: time of an output token, prompt tokens a second, tokens that fit."""
-    gpu, calibration = load_gpus()[GPU], load_calibration()
+    calibration, gpus = load_calibration(), load_gpus()
     forms = {form.name: form for form in all_forms() if form.serves}
     found = []
-    for row in serving_rows():
+    for gpu, row in ((gpus[name], row) for name in SERVED_ROWS for row in serving_rows(name)):
         form, model = forms[SERVED[row["kv"]]], shape(int(row["layers"]))
         tokens, requests = int(row["prompt_tokens"]), int(row["requests"])
         one, two = (sequence_bytes(form, model, n * 6400) for n in (1, 2))
@@ -160,7 +161,7 @@ def comparison() -> list[dict[str, Any]]:
         # Open pages are taken beforehand, a row for each request and one for padding.
         fixed = (2 * one - two) * (requests + 1)
         found.append({
-            "form": form.name, "layers": model.layers, "requests": requests, "tokens": tokens, "date": row["date"],
+            "gpu": gpu.name, "form": form.name, "layers": model.layers, "requests": requests, "tokens": tokens, "date": row["date"],
             "ms": measured_ms(row), "predicted_ms": predicted(form, model, gpu, calibration, row),
             # Short prompts all at once are another measurement: the host and launches, not compute.
             "prefill": float(row["prefill_tokens_per_s"]) if tokens >= SHORT else None,
@@ -172,14 +173,14 @@ def comparison() -> list[dict[str, Any]]:
 
 def compare() -> None:
     """Print the table of the docs."""
-    print("| cache | layers, requests, prompt | ms a token: measured, predicted | prompt tokens/s | tokens that fit |")
-    print("|---|---|---|---|---|")
+    print("| card | cache | layers, requests, prompt | ms a step: measured, predicted | prompt tokens/s | tokens that fit |")
+    print("|---|---|---|---|---|---|")
     for x in comparison():
         cells = ["-" if a is None else f"{a:{form}}, {b:{form}} ({b / a - 1:+.0%})" for a, b, form in (
             (x["ms"], x["predicted_ms"], ".2f"), (x["prefill"], x["predicted_prefill"], ",.0f"),
             (x["fits"], x["predicted_fits"], ",.0f"),
         )]  # fmt: skip
-        print(f"| `{x['form']}` | {x['layers']}, {x['requests']}, {x['tokens']:,} | " + " | ".join(cells) + " |")
+        print(f"| {x['gpu']} | `{x['form']}` | {x['layers']}, {x['requests']}, {x['tokens']:,} | " + " | ".join(cells) + " |")
 
 
 def main() -> int:

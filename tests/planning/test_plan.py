@@ -118,15 +118,19 @@ def test_caches_that_cannot_be_compressed_are_refused(config: dict[str, Any], wo
 
 
 def test_times_are_within_a_fifth_of_vllm(benchmark: ModuleType) -> None:
-    """Of the rows in the repository, as docs/planning.md shows them; sizes within 1 %, prompts within 10 %."""
+    """Of the rows in the repository, as docs/planning.md shows them; sizes within 1 %, prompts within 10 %.
+
+    Numbers come from the H100; on the H200, which is predicted from its data sheet, a quarter.
+    """
     rows = benchmark.comparison()
-    assert {row["form"] for row in rows} >= {"bf16", "fp8", "turbo_int4"}
+    for card in ("H100", "H200"):
+        assert {row["form"] for row in rows if row["gpu"] == card} >= {"bf16", "fp8", "turbo_int4"}
     for row in rows:
-        case = (row["form"], row["layers"], row["requests"], row["tokens"])
+        case = (row["gpu"], row["form"], row["layers"], row["requests"], row["tokens"])
         assert row["predicted_fits"] == pytest.approx(row["fits"], rel=0.01), case
         if row["prefill"] is not None:
             assert row["predicted_prefill"] == pytest.approx(row["prefill"], rel=0.1), case
-        assert row["predicted_ms"] == pytest.approx(row["ms"], rel=0.2), case
+        assert row["predicted_ms"] == pytest.approx(row["ms"], rel=0.2 if row["gpu"] == "H100" else 0.25), case
 
 
 def test_the_calibration_file_is_that_of_the_rows(benchmark: ModuleType) -> None:
