@@ -7,6 +7,38 @@
 
 namespace TA_ISA {
 
+// Whether codes of V are multiplied as they are packed.
+static inline bool values_in_lanes(const TaPageFormat &f) {
+#if TA_WIDE && !TA_TILES
+    return lanes_fit(f.value_bits, (int64_t)f.page_size * f.value_bits / 8);
+#else
+    (void)f;
+    return false;
+#endif
+}
+
+#if !TA_TILES
+// b.dots[r][token] = folded row r times the codes of K of a page; `ahead` is fetched meanwhile.
+static inline void multiply_keys(const TaPageFormat &f, const uint8_t *page, const Rows &rows, const Buffers &b,
+                                 Ahead ahead) {
+    const int dim = f.head_dim, size = f.page_size;
+#if TA_WIDE
+    const int64_t bytes = (int64_t)dim * f.key_bits / 8;
+    if (lanes_fit(f.key_bits, bytes)) {
+        uint8_t *lower = b.sides + ROW_BLOCK * dim;
+        halve_rows(b.folded, dim, rows.count, dim, b.sides, lower);
+        const int64_t share = ahead.bytes / (size / 16);
+        return dot_packed(
+            f.key_bits, [&](int) { return page + f.key_codes; },
+            [&](int, int t) { return Ahead{ahead.next + t / 16 * share, share}; }, 1, size, bytes, b.sides, lower,
+            rows.count, dim, b.dots, size);
+    }
+#endif
+    const uint8_t *codes = key_bytes(f, page, b, Ahead{nullptr, 0});
+    dot_rows(codes, dim, size, b.folded, dim, rows.count, dim, b.dots, size, ahead);
+}
+#endif
+
 // Scores of pages first .. last - 1, and the numbers of V. Meanwhile (pages of a pool are in any order) K and the numbers
 // of the next page are fetched; without tiles all of it, because products then take long enough.
 static inline void score_block(const TaPageFormat &f, const Item &item, const Rows &rows, const Buffers &b, int first,
@@ -29,8 +61,11 @@ static inline void score_block(const TaPageFormat &f, const Item &item, const Ro
         value_numbers(f, page, b, column);
         if (p + 1 == last) finish_page(f, rows, b, column, sums, step, base);
 #else
-        const uint8_t *codes = key_bytes(f, page, b, Ahead{nullptr, 0});
-        dot_rows(codes, dim, size, b.folded, dim, rows.count, dim, b.dots, size, Ahead{next, next ? f.nbytes : 0});
+        // V of the next block is fetched while V is multiplied, where that is done in lanes.
+        const bool later = values_in_lanes(f) && p + BLOCK_TOKENS / size < item.last_page;
+        const int64_t numbers = f.value_codes + (int64_t)dim * size * f.value_bits / 8;
+        if (next && later) Ahead{next + numbers, f.nbytes - numbers}.fetch(f.nbytes);
+        multiply_keys(f, page, rows, b, Ahead{next, !next ? 0 : later ? f.value_codes : f.nbytes});
         finish_page(f, rows, b, column, b.dots, step, base);
         value_numbers(f, page, b, column);
 #endif
@@ -57,6 +92,21 @@ static inline void weigh_values(const TaPageFormat &f, const Item &item, const R
     }
     join_sums(b.sums, dim, rows.count, [&](int r, int d, vi x) { memcpy(b.dots + r * dim + d, &x, sizeof x); });
 #else
+#if TA_WIDE
+    const int64_t bytes = (int64_t)size * f.value_bits / 8;
+    if (values_in_lanes(f)) {
+        uint8_t *lower = b.sides + ROW_BLOCK * BLOCK_TOKENS;
+        halve_rows(b.weights, BLOCK_TOKENS, rows.count, count, b.sides, lower);
+        const auto ahead = [&](int p, int d) {
+            const int later = first + p + BLOCK_TOKENS / size;
+            const bool more = later < item.last_page;
+            return Ahead{more ? item.page(later) + f.value_codes + d * bytes : nullptr, more ? 16 * bytes : 0};
+        };
+        return dot_packed(
+            f.value_bits, [&](int p) { return item.page(first + p) + f.value_codes; }, ahead, last - first, dim, bytes,
+            b.sides, lower, rows.count, count, b.dots, dim);
+    }
+#endif
     for (int p = first; p < last; p++)
         value_bytes(f, item.page(p), b, (p - first) * size, 0, dim, Ahead{nullptr, 0});
     dot_rows(b.value_codes, BLOCK_TOKENS, dim, b.weights, BLOCK_TOKENS, rows.count, count, b.dots, dim);

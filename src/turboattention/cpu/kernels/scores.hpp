@@ -1,6 +1,6 @@
 // Buffers of one thread, and K and V of a page as scores and bytes.
 #pragma once
-#include "dot.hpp"
+#include "dot_lanes.hpp"
 #include "item.hpp"
 #include "refined.hpp"
 
@@ -13,6 +13,7 @@ struct Buffers {
     float *q, *scores, *acc, *scale, *zero, *plane, *refined_q, *top, *sum, *value_scale, *value_zero, *keep;
     int32_t *dots, *low, *high;
     uint8_t *groups, *halves; // of refined channels, where they are multiplied as integers
+    uint8_t *sides;           // upper, then lower halves of folded rows or of weights, for `dot_packed`
     // With tiles: operand b of 8 rows after the other, and sums [8 rows][tokens of two pages or channels][16].
     uint8_t *operands;
     int32_t *sums;
@@ -47,6 +48,7 @@ struct Buffers {
         high = (int32_t *)take(4 * ROW_BLOCK);
         groups = take(REFINED_INTEGERS ? (int64_t)(refined + 3) / 4 * 4 * LARGEST_PAGE : 0);
         halves = take(REFINED_INTEGERS ? 2 * MOST_REFINED : 0);
+        sides = take(LANES ? 2 * ROW_BLOCK * widest : 0);
         operands = take(TA_TILES ? ROW_BLOCK / 8 * HALVES_BYTES : 0);
         sums = (int32_t *)take(TA_TILES ? ROW_BLOCK / 8 * TILE_SUM_BYTES : 0);
         used = next - memory;
