@@ -161,8 +161,8 @@ def comparison() -> list[dict[str, Any]]:
         # Open pages are taken beforehand, a row for each request and one for padding.
         fixed = (2 * one - two) * (requests + 1)
         found.append({
-            "gpu": gpu.name, "form": form.name, "layers": model.layers, "requests": requests, "tokens": tokens, "date": row["date"],
-            "ms": measured_ms(row), "predicted_ms": predicted(form, model, gpu, calibration, row),
+            "gpu": gpu.name, "form": form.name, "layers": model.layers, "requests": requests, "tokens": tokens,
+            "date": row["date"], "ms": measured_ms(row), "predicted_ms": predicted(form, model, gpu, calibration, row),
             # Short prompts all at once are another measurement: the host and launches, not compute.
             "prefill": float(row["prefill_tokens_per_s"]) if tokens >= SHORT else None,
             "predicted_prefill": tokens / prompt_seconds(model, gpu, calibration, tokens),
@@ -173,14 +173,17 @@ def comparison() -> list[dict[str, Any]]:
 
 def compare() -> None:
     """Print the table of the docs."""
-    print("| card | cache | layers, requests, prompt | ms a step: measured, predicted | prompt tokens/s | tokens that fit |")
+    heads = ("card", "cache", "layers, requests, prompt", "ms a step: measured, predicted", "prompt tokens/s",
+             "tokens that fit")  # fmt: skip
+    print("| " + " | ".join(heads) + " |")
     print("|---|---|---|---|---|---|")
     for x in comparison():
         cells = ["-" if a is None else f"{a:{form}}, {b:{form}} ({b / a - 1:+.0%})" for a, b, form in (
             (x["ms"], x["predicted_ms"], ".2f"), (x["prefill"], x["predicted_prefill"], ",.0f"),
             (x["fits"], x["predicted_fits"], ",.0f"),
         )]  # fmt: skip
-        print(f"| {x['gpu']} | `{x['form']}` | {x['layers']}, {x['requests']}, {x['tokens']:,} | " + " | ".join(cells) + " |")
+        case = f"{x['layers']}, {x['requests']}, {x['tokens']:,}"
+        print(f"| {x['gpu']} | `{x['form']}` | {case} | " + " | ".join(cells) + " |")
 
 
 def main() -> int:

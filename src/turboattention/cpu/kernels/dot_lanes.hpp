@@ -40,12 +40,6 @@ static inline void transpose16(const uint8_t *rows, int64_t bytes, __m512i *out)
     out[2] = _mm512_unpacklo_epi64(d, e), out[3] = _mm512_unpackhi_epi64(d, e);
 }
 
-static inline __m512i broadcast4(const uint8_t *p) {
-    int32_t x;
-    memcpy(&x, p, 4);
-    return _mm512_set1_epi32(x);
-}
-
 // Adds the products of 16 packed rows of `bytes` bytes with R rows of halves at `stride`; `ahead` is fetched meanwhile.
 template <int R, int BITS>
 static inline void lanes_add(const uint8_t *rows, int64_t bytes, const uint8_t *upper, const uint8_t *lower, int64_t stride,
@@ -64,8 +58,8 @@ static inline void lanes_add(const uint8_t *rows, int64_t bytes, const uint8_t *
                 const int64_t at = k * bytes + c + 4 * g;
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
-                    high[r] = _mm512_dpbusd_epi32(high[r], codes, broadcast4(upper + r * stride + at));
-                    low[r] = _mm512_dpbusd_epi32(low[r], codes, broadcast4(lower + r * stride + at));
+                    high[r] = _mm512_dpbusd_epi32(high[r], codes, four_bytes(upper + r * stride + at));
+                    low[r] = _mm512_dpbusd_epi32(low[r], codes, four_bytes(lower + r * stride + at));
                 }
             }
     }

@@ -76,12 +76,6 @@ static inline void refined_row(const int16_t *folded, int dim, const uint8_t *in
     }
 }
 
-static inline __m512i four_bytes(const uint8_t *p) {
-    int32_t x;
-    memcpy(&x, p, 4);
-    return _mm512_set1_epi32(x);
-}
-
 // Sums of one row over the refined channels: out[t], int32.
 static inline void refined_sums(const uint8_t *groups, int refined, int size, const uint8_t *upper, const uint8_t *lower,
                                 int32_t *out) {

@@ -69,6 +69,12 @@ static inline __m256i upper_bytes(__m512i x) {
     return _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(x, _mm512_set1_epi16(128)), 8));
 }
 static inline __m256i lower_bytes(__m512i x) { return _mm512_cvtepi16_epi8(x); }
+// The same 4 bytes in every lane.
+static inline __m512i four_bytes(const uint8_t *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+}
 #endif
 
 // Rounds 16 floats times `inverse` to int16; with STORED in the order of tokens of V pages
