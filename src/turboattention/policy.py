@@ -22,6 +22,7 @@ from turboattention.config import (
     with_bits,
 )
 from turboattention.errors import InvalidInputError, UnsupportedError, invalid
+from turboattention.files import DOCUMENT, parse_json, read_bytes
 from turboattention.quant.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerToken
 
 FORMAT_VERSION = 1
@@ -160,10 +161,9 @@ class Policy:
     @classmethod
     def load(cls, path: str | Path) -> "Policy":
         """Read what `save` wrote; unknown keys, missing keys and wrong types are errors."""
+        content = read_bytes("policy file", Path(path), DOCUMENT)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise invalid("policy file", "a readable file", f"{path} ({error.strerror})") from error
+            data = parse_json(content)
         except ValueError as error:
             raise invalid("policy file", "JSON", f"{path}: {error}", "the file may be truncated") from error
         if not isinstance(data, dict) or data.pop("turboattention_policy", None) != FORMAT_VERSION:

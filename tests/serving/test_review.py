@@ -206,6 +206,7 @@ def test_nothing_else_can_be_had(client: TestClient) -> None:
         assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert "unsafe" not in answer.headers["content-security-policy"]
         assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
     page = client.get("/").text + client.get("/review.js").text
     assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval\(|style=|onclick", page)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -118,10 +118,10 @@ def sensitivities(session: Session) -> tuple[Table, list[LayerStatistics]]:
     """
     windows = session.plan.sensitivity[:, :-1]
     key = f"sensitivity by channel {fingerprint([windows.tolist(), session.settings.seed])}"
-    saved = session.state.get(key) or {"windows": 0, "sums": {}, "statistics": []}
-    sums = table_from_json(saved["sums"])
-    statistics = [LayerStatistics.from_dict(x) for x in saved["statistics"]]
-    for number in range(saved["windows"], len(windows)):
+    done, sums, statistics = 0, Table(), list[LayerStatistics]()
+    if session.state.get(key) is not None:
+        done, sums, statistics = session.state.read(key, _saved)
+    for number in range(done, len(windows)):
         session.tell(number, len(windows), "sensitivities")
         with session.timed("sensitivities"):
             generator = torch.Generator().manual_seed(session.settings.seed * _SEEDS + number)
@@ -138,6 +138,11 @@ def sensitivities(session: Session) -> tuple[Table, list[LayerStatistics]]:
     return table_per_token(sums, windows.numel()), statistics
 
 
+def _saved(data: Any) -> tuple[int, Table, list[LayerStatistics]]:
+    statistics = [LayerStatistics.from_dict(x) for x in data["statistics"]]
+    return int(data["windows"]), table_from_json(data["sums"]), statistics
+
+
 def _probes(session: Session, table: Table) -> list[ProbeResult]:
     """Some estimates beside their measurement on the beginning of a tuning window."""
     if not session.settings.probes:
@@ -145,11 +150,11 @@ def _probes(session: Session, table: Table) -> list[ProbeResult]:
     chosen = chosen_probes(table, session.settings.probes, session.settings.seed)
     rows = session.plan.tuning[:1, : PROBE_TOKENS + 1]
     key = f"probes {fingerprint([rows.tolist(), [(str(unit), level) for unit, level in chosen]])}"
-    values = session.state.get(key)
-    if values is None:
+    if session.state.get(key) is None:
         with session.timed("probes"):
-            values = measured(session.model, rows, chosen, session.shape, session.labelled("probes"))
-        session.state.put(key, values)
+            fresh = measured(session.model, rows, chosen, session.shape, session.labelled("probes"))
+        session.state.put(key, fresh)
+    values = session.state.read(key, lambda found: [float(x) for x in found])
     return [
         ProbeResult(str(unit), level, table[unit][level], value)
         for (unit, level), value in zip(chosen, values, strict=True)

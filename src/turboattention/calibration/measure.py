@@ -9,10 +9,10 @@ from torch import Tensor
 from turboattention.calibration.result import Kind, Point
 from turboattention.evaluation.caches import attention_of, make_cache
 from turboattention.evaluation.compare import kl_by_position
-from turboattention.evaluation.result import Interval, Series
 from turboattention.evaluation.statistics import mean_interval
 from turboattention.evaluation.stream import CHUNK, stream
 from turboattention.policy import Policy
+from turboattention.typed import build
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,10 +51,9 @@ def measure(
     return points
 
 
-def point_from_dict(data: dict[str, Any]) -> Point:
+def point_from_dict(data: Any) -> Point:
     """What ``asdict`` and JSON made of a point."""
-    intervals = {name: Interval(*data[name]) for name in ("kl_ci", "added_nats_ci")}
-    return Point(**{**data, **intervals, "kl_by_position": Series(**data["kl_by_position"])})
+    return build(Point, data, "point")
 
 
 @torch.inference_mode()

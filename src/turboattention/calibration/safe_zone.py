@@ -68,7 +68,7 @@ def retrieval(session: Session, policy: Policy, others: Sequence[Policy]) -> lis
                 score = needle_score(session.model, session.loaded.tokenizer, chosen, length)
             bits = 16.0 if chosen is None else cache_bits(chosen, session.shape, length // 64 * 64)
             session.state.put(key, [bits, score.exact, score.gold_nll])
-        found.append(Retrieval(name, *session.state.get(key)))
+        found.append(Retrieval(name, *session.state.read(key, lambda values: list(map(float, values)))))
     return found
 
 

@@ -47,7 +47,9 @@ class Session:
             loaded.context_length,
         )  # fmt: skip
         self.state = State(state, fingerprint([loaded.name, asdict(self.shape), str(self.model.dtype)]))
-        self.seconds: dict[str, float] = self.state.get("seconds") or {}
+        self.seconds: dict[str, float] = {}
+        if self.state.get("seconds") is not None:
+            self.seconds = self.state.read("seconds", lambda x: {str(name): float(s) for name, s in x.items()})
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -80,4 +82,4 @@ class Session:
                 fresh = measure(self.model, rows, names, chosen, seed, self.labelled(label))
             for number, point in zip(missing, fresh, strict=True):
                 self.state.put(keys[number], asdict(point))
-        return [point_from_dict(self.state.get(key)) for key in keys]
+        return [self.state.read(key, point_from_dict) for key in keys]

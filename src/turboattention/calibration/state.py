@@ -3,13 +3,17 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from turboattention.errors import invalid
+from turboattention.files import RECORDS, read_json
 
-SCHEMA = 1
+SCHEMA = 2
+_EXPECTED = "what a calibration wrote"
 _ANEW = "remove it to begin anew"
+T = TypeVar("T")
 
 
 def fingerprint(data: Any) -> str:
@@ -20,6 +24,7 @@ def fingerprint(data: Any) -> str:
 class State:
     """A dictionary of results by name, written whole or not at all after each of them.
 
+    The file holds a sum of its results: a damaged one is refused, because a wrong number in it would be a wrong policy.
     path: None keeps it in memory. run: fingerprint of everything that decides the results.
     """
 
@@ -33,12 +38,21 @@ class State:
         """The result ``name``, or None."""
         return self._data.get(name)
 
+    def read(self, name: str, build: Callable[[Any], T]) -> T:
+        """``build`` of the result ``name``; raises InvalidInputError where the file holds something else under it."""
+        try:
+            return build(self._data[name])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            raise invalid("state file", _EXPECTED, f"{self.path}, {name}: {error!r}"[:400], _ANEW) from error
+
     def put(self, name: str, value: Any) -> None:
         """Keep a result (plain data) and write the file."""
         self._data[name] = value
         if self.path is None:
             return
-        text = json.dumps({"turboattention_calibration": SCHEMA, "run": self.run, "results": self._data})
+        results = json.dumps(self._data)
+        head = json.dumps({"turboattention_calibration": SCHEMA, "run": self.run, "sha256": _sum(results)})
+        text = f'{head[:-1]}, "results": {results}}}'
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             temporary.write_text(text, encoding="utf-8")
@@ -49,13 +63,16 @@ class State:
             temporary.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> dict[str, Any]:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise invalid("state file", "what a calibration wrote", f"{path}: {error}", _ANEW) from error
+        data = read_json("state file", path, RECORDS, _EXPECTED, _ANEW)
         if not isinstance(data, dict) or data.get("turboattention_calibration") != SCHEMA:
-            raise invalid("state file", "what a calibration wrote", path, _ANEW)
+            raise invalid("state file", _EXPECTED, path, _ANEW)
         if data.get("run") != self.run:
             raise invalid("state file", "one of the same model and dtype", path, _ANEW)
-        results: dict[str, Any] = data["results"]
+        results = data.get("results")
+        if not isinstance(results, dict) or data.get("sha256") != _sum(json.dumps(results)):
+            raise invalid("state file", _EXPECTED, f"{path}, whose content has changed since", _ANEW)
         return results
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

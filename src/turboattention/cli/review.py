@@ -42,10 +42,11 @@ def review(
     if pairs.resolve() in {path.resolve() for path in (data, json_path, markdown) if path is not None}:
         raise invalid("output paths", "other files than the pairs", pairs)
 
+    from turboattention.hosts import is_loopback
     from turboattention.report.review import render_review
     from turboattention.serving.review.analyse import analyse
     from turboattention.serving.review.pairs import read_pairs
-    from turboattention.serving.review.server import host_headers, is_loopback, listen, make_server
+    from turboattention.serving.review.server import host_headers, listen, make_server
     from turboattention.serving.review.store import Store
 
     def say(line: str) -> None:

@@ -9,6 +9,7 @@ import typer
 from turboattention.cli.options import JsonOption, check_outputs, to_json
 from turboattention.config import presets
 from turboattention.errors import MissingDependencyError, UnsupportedError, invalid
+from turboattention.files import read_bytes
 from turboattention.monitoring.guard import Guard, Response
 from turboattention.monitoring.limits import MEASURES, chosen_limits
 from turboattention.monitoring.reference import expected_errors
@@ -18,6 +19,7 @@ from turboattention.policy import Policy
 from turboattention.report.files import write_atomic
 
 DASHBOARD = Path(__file__).parents[1] / "monitoring" / "grafana.json"
+_LONGEST_ADDRESS = 2**16  # bytes of its file
 
 
 def watch(
@@ -127,9 +129,10 @@ def _from_file(webhook: str) -> str:
     """The address itself, or what the file behind @ holds: command lines can be read by everyone on a machine."""
     if not webhook.startswith("@"):
         return webhook
+    content = read_bytes("--webhook", Path(webhook[1:]), _LONGEST_ADDRESS)
     try:
-        return Path(webhook[1:]).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        return content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
         raise invalid("--webhook", "a readable file", f"{webhook[1:]} ({error})") from error
 
 

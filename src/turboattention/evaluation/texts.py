@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turboattention.errors import invalid
+from turboattention.files import RECORDS, read_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,12 +27,11 @@ def load_text(name_or_path: str | Path) -> str:
     path = Path(name_or_path)
     if not path.is_file():
         raise invalid("text", f"one of {', '.join(BUNDLED_TEXTS)} or a text file", repr(name))
+    content = read_bytes("text", path, RECORDS, "a readable text file")
     try:
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # lines end as in a text file
     except UnicodeDecodeError as error:
         raise invalid("text", "a UTF-8 text file", f"{name!r} ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise invalid("text", "a readable text file", f"{name!r} ({error.strerror})") from error
 
 
 def text_name(name_or_path: str | Path) -> str:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from turboattention.errors import MissingDependencyError
+from turboattention.errors import MissingDependencyError, invalid
+from turboattention.files import DOCUMENT, read_json
+from turboattention.integrations.gguf_header import check_gguf
 from turboattention.integrations.packaged_models import PackagedModel, is_intact, packaged_gguf, sha256_of
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _WEIGHTS = "manifest.json", "model.safetensors"
 
 
 def converted_copy(model: PackagedModel, cache_directory: Path) -> Path:
@@ -29,8 +31,11 @@ def converted_copy(model: PackagedModel, cache_directory: Path) -> Path:
 def is_complete(folder: Path) -> bool:
     """Whether every file of ``folder`` has the size and sum that its manifest names."""
     try:
-        manifest: dict[str, dict[str, Any]] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return bool(manifest) and all(is_intact(folder / name, **entry) for name, entry in manifest.items())
+        manifest = read_json("manifest", folder / _MANIFEST, DOCUMENT)
+        # A name is that of a file of this folder: never a way out of it.
+        plain = all(Path(name).name == name and set(entry) == {"sha256", "size"} for name, entry in manifest.items())
+        whole = plain and {"config.json", _WEIGHTS} <= set(manifest)
+        return whole and all(is_intact(folder / name, **entry) for name, entry in manifest.items())
     except (OSError, ValueError, TypeError, AttributeError):
         return False
 
@@ -50,20 +55,39 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def read_gguf(gguf: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokeniser of a GGUF file; MissingDependencyError without the packages that reading it needs."""
+    """Model and tokeniser of a GGUF file.
+
+    Raises MissingDependencyError without the packages that reading it needs, InvalidInputError for a header that does
+    not fit the file and for a file that lacks weights of the model.
+    """
     missing = [package for package in ("gguf", "accelerate") if util.find_spec(package) is None]
     if missing:
         raise MissingDependencyError(
             f"GGUF weights: expected the packages gguf and accelerate, missing {' and '.join(missing)}; "
             f"install with: pip install {' '.join(missing)}"
         )
+    check_gguf(gguf)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers draws a bar for GGUF files that its own switch for bars does not know.
     with redirect_stderr(StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True
+        )
+    model, info = loaded
+    check_weights(str(gguf), info)
     return model, tokenizer
+
+
+def check_weights(name: str, info: dict[str, Any]) -> None:
+    """Raise unless every weight came from the file: transformers fills absent ones with random numbers, and only logs.
+
+    info: what ``from_pretrained(output_loading_info=True)`` says.
+    """
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise invalid(f"weights of {name}", "every tensor of the model", f"{len(absent)} absent, first {absent[0]}")
 
 
 def _write_safetensors(gguf: Path, folder: Path) -> None:
@@ -79,7 +103,7 @@ def _write_safetensors(gguf: Path, folder: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
 
 
 def _write_manifest(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from turboattention.errors import InvalidInputError, MissingDependencyError, TurboAttentionError, invalid
-from turboattention.integrations.converted_models import converted_copy, read_gguf
+from turboattention.integrations.converted_models import check_weights, converted_copy, read_gguf
 from turboattention.integrations.packaged_models import DEFAULT_MODEL, PACKAGED_MODELS, default_cache_directory
 
 if TYPE_CHECKING:
@@ -110,15 +110,14 @@ def _unknown(name: str, reason: str = "") -> InvalidInputError:
 def _from_pretrained(location: str, dtype: torch.dtype, local_files_only: bool = True) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # trust_remote_code is named because transformers otherwise asks at the terminal.
+    # trust_remote_code is named because transformers otherwise asks at the terminal; weights in pickle are not read.
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_files_only}
     tokenizer = AutoTokenizer.from_pretrained(location, **options)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        location, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
+    )
     model, info = loaded
-    # transformers fills absent weights with random numbers and only logs it.
-    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if absent:
-        raise invalid(f"weights of {location}", "every tensor of the model", f"{len(absent)} absent, first {absent[0]}")
+    check_weights(location, info)
     return model, tokenizer
 
 

@@ -1,6 +1,6 @@
 """What a calibration saw of K and V, and what it expects: the yardsticks of a watch."""
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turboattention.errors import invalid
+from turboattention.files import RECORDS, read_json
 from turboattention.quant.affine import TINY
 
 
@@ -44,8 +45,9 @@ class Reference:
         """
         data = _json("watch reference", path)
         results = data.get("results") if "turboattention_calibration" in data else None
+        results = results if isinstance(results, dict) else {}
         found = [
-            entry["statistics"] for name, entry in (results or {}).items()
+            entry["statistics"] for name, entry in results.items()
             if name.startswith("sensitivity") and isinstance(entry, dict) and entry.get("statistics")
         ]  # fmt: skip
         if not found:
@@ -55,8 +57,8 @@ class Reference:
             )  # fmt: skip
         try:
             return cls(tuple({side: _spread(layer[side]) for side in ("key", "value")} for layer in found[-1]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise invalid("watch reference", "statistics of K and V", f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise invalid("watch reference", "statistics of K and V", f"{path}: {error!r}"[:400]) from error
 
     def check(self, layers: int, kv_heads: int, head_dim: int) -> None:
         """Raise InvalidInputError unless these are statistics of such a model."""
@@ -80,19 +82,17 @@ def expected_errors(path: str | Path) -> dict[str, float]:
     try:
         for entry in heads:
             layer = str(int(entry["layer"]))
-            worst[layer] = max(worst.get(layer, 0.0), float(entry["seen"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise invalid("calibration result", "layer and seen of each head", f"{path}: {error}") from error
+            seen = float(entry["seen"])
+            if not 0 <= seen < math.inf:
+                raise ValueError(f"seen {seen}")
+            worst[layer] = max(worst.get(layer, 0.0), seen)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise invalid("calibration result", "layer and seen of each head", f"{path}: {error}"[:400]) from error
     return worst
 
 
 def _json(name: str, path: str | Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise invalid(name, "a readable file", f"{path} ({error.strerror})") from error
-    except ValueError as error:
-        raise invalid(name, "JSON", f"{path}: {error}") from error
+    data = read_json(name, Path(path), RECORDS)
     if not isinstance(data, dict):
         raise invalid(name, "an object", f"{path}: {type(data).__name__}")
     return data
@@ -100,6 +100,8 @@ def _json(name: str, path: str | Path) -> Mapping[str, Any]:
 
 def _spread(data: Mapping[str, Any]) -> Spread:
     mean, squares = (torch.tensor(data[name], dtype=torch.float64) for name in ("mean", "squares"))
-    if mean.dim() != 2 or mean.shape != squares.shape or not int(data["count"]):
+    if mean.dim() != 2 or mean.shape != squares.shape or not mean.numel() or int(data["count"]) < 1:
         raise ValueError(f"mean of shape {tuple(mean.shape)}")
+    if not bool(mean.isfinite().all() and squares.isfinite().all() and (squares >= 0).all()):
+        raise ValueError("numbers that are not finite, or squares below zero")
     return Spread(mean.float(), (squares / int(data["count"])).sqrt().float())

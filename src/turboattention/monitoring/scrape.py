@@ -1,6 +1,7 @@
 """From the text of a /metrics page to the measurements since the last one."""
 
 import math
+import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
@@ -16,8 +17,10 @@ try:
 except ImportError as error:
     raise MissingDependencyError(NO_CLIENT) from error
 
+_BLOCK = 2**16
 _PREFIX = "turboattention_"
 LARGEST_PAGE = 64 * 2**20  # bytes of a /metrics page
+_MOST = 2.0**53  # of a count: beyond that floats skip numbers
 
 
 class Measured(NamedTuple):
@@ -34,8 +37,13 @@ Totals = dict[tuple[str, str], Measured]
 def fetch(url: str, timeout: float) -> str:
     """The page at ``url``; raises InvalidInputError with the reason when there is none. timeout: seconds."""
     try:
+        end = time.monotonic() + timeout
         with urllib.request.urlopen(url, timeout=timeout) as answer:
-            page: bytes = answer.read(LARGEST_PAGE + 1)
+            page = b""
+            while (part := answer.read1(_BLOCK)) and len(page) <= LARGEST_PAGE:
+                page += part
+                if time.monotonic() > end:  # the limit of a socket starts anew with each byte
+                    raise TimeoutError("timed out")
     except (OSError, ValueError) as error:
         status = f"status {error.code}" if isinstance(error, urllib.error.HTTPError) else None
         reason = status or getattr(error, "reason", None) or error
@@ -58,8 +66,12 @@ def totals(page: str) -> Totals:
                     labels = sample.labels
                     key = sample.name[len(_PREFIX) :], labels.get("layer", ALL_LAYERS), labels.get("tensor", "")
                     sums[key] += float(sample.value)
-    except (ValueError, KeyError, IndexError, AttributeError) as error:
-        raise invalid("metrics", "Prometheus text", f"a page that breaks off ({error})") from error
+    # The parser raises whatever its slices and lookups happen to raise.
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        raise invalid("metrics", "Prometheus text", f"a page that breaks off ({error})"[:300]) from error
+    broken = next((key for key, x in sums.items() if key[0].endswith("_count") and not 0 <= x <= _MOST), None)
+    if broken is not None:
+        raise invalid("metrics", "counts from 0", f"{sums[broken]} of {_PREFIX}{broken[0]}"[:300])
     if not any(math.isfinite(x) and name == "watched_steps_total" for (name, _, _), x in sums.items()):
         raise invalid(
             "metrics", f"the numbers of a watch ({_PREFIX}watched_steps_total)", "a page without them",

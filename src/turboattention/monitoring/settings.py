@@ -36,8 +36,8 @@ class WatchSettings:
                 raise invalid(f"watch {name}", "a number", repr(given))
         if not 0.0 < self.share <= 1.0:
             raise invalid("watch share", "above 0, at most 1", self.share)
-        if not self.memory_mib > 0:
-            raise invalid("watch memory_mib", "above 0", self.memory_mib)
+        if not 0 < self.memory_mib <= 2**40:
+            raise invalid("watch memory_mib", "above 0, at most 2**40", f"{self.memory_mib!r}"[:80])
         for name, least in (("seed", 0), ("heads", 1), ("queries", 1), ("pages", 1)):
             given = getattr(self, name)
             if isinstance(given, bool) or not isinstance(given, int) or given < least:

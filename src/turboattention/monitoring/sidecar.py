@@ -5,18 +5,22 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from turboattention.errors import InvalidInputError, invalid
+from turboattention.hosts import host_name, is_loopback
 from turboattention.monitoring.guard import Change, Guard
 from turboattention.monitoring.metrics import GuardMetrics
 from turboattention.monitoring.responses import Refuse
 from turboattention.monitoring.scrape import Totals, difference, fetch, totals
 
 log = logging.getLogger("turboattention.monitoring")
+CLIENT_S = 5.0  # for a client to ask and to take its answer
+CLIENTS = 32
 
 
 @dataclass
@@ -104,15 +108,72 @@ class Sidecar:
         return True
 
 
+def refusal(headers: Message, private: bool) -> str | None:
+    """Why a request may not come in, None where it may.
+
+    private: this server is for its own machine. A request without a Host header is no browser's (some health checks
+    send none).
+    """
+    name = headers.get("Host")
+    if private and name is not None and not is_loopback(host_name(name)):
+        return "this address is for programs of its own machine"
+    origin = headers.get("Origin")
+    if origin is not None and origin != f"http://{name}":
+        return "asked from another site"
+    if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        return "asked from another site"
+    return None
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread for each client, up to a number that keeps memory small."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._free = threading.BoundedSemaphore(CLIENTS)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        # A connection as a whole has an end too: each byte of a slow client starts the limit of a read anew.
+        end = threading.Timer(2 * CLIENT_S, self.shutdown_request, [request])
+        end.daemon = True
+        end.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            end.cancel()
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news."""
+
+
 def serve(host: str, port: int, metrics: SidecarMetrics, refuse: Refuse | None) -> ThreadingHTTPServer:
     """Show ``/metrics`` and ``/ready`` (503 while new requests should go elsewhere) in a thread of their own.
 
+    Only GET is answered, and nothing to a page of another site. On a loopback address the Host header must name this
+    machine: another name is somebody else's page whose address points here (DNS rebinding). A client that is slow or
+    silent loses its connection after `CLIENT_S` seconds, and holds up nobody meanwhile; of more than `CLIENTS` at once
+    the later ones are turned away.
+
     port: 0 for any free one. Raises InvalidInputError where the address is taken or not this machine's.
     """
+    private = is_loopback(host)
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = CLIENT_S  # of each read and write
+        server_version, sys_version = "turboattention", ""
+
         def do_GET(self) -> None:
-            if self.path == "/metrics":
+            reason = refusal(self.headers, private)
+            if reason is not None:
+                self._send(403, f"{reason}\n".encode(), "text/plain")
+            elif self.path == "/metrics":
                 self._send(200, generate_latest(metrics.registry), "text/plain; version=0.0.4")
             elif self.path == "/ready":
                 reason = None if refuse is None else refuse.reason
@@ -124,6 +185,10 @@ def serve(host: str, port: int, metrics: SidecarMetrics, refuse: Refuse | None) 
             self.send_response(status)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.send_header("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+            self.send_header("X-Frame-Options", "DENY")
             self.end_headers()
             self.wfile.write(body)
 
@@ -131,7 +196,7 @@ def serve(host: str, port: int, metrics: SidecarMetrics, refuse: Refuse | None) 
             """Requests are not logged."""
 
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = _Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise invalid("listen", "an address of this machine that is free", f"{host}:{port} ({error})") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()

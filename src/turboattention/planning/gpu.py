@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from turboattention.errors import invalid
+from turboattention.files import DOCUMENT, read_bytes
+from turboattention.typed import is_a
 
 KERNELS_FROM = 8.0  # compute capability of the first cards that read compressed pages
 FP8_FROM = 8.9
@@ -50,10 +52,13 @@ def load_gpus(path: Path | None = None) -> dict[str, Gpu]:
 
     Raises InvalidInputError for a file that cannot be read, unknown or missing keys, and numbers that are not positive.
     """
-    source = files("turboattention.planning") / "gpus.toml" if path is None else path
+    if path is None:
+        content = (files("turboattention.planning") / "gpus.toml").read_bytes()
+    else:
+        content = read_bytes("GPU file", path, DOCUMENT, "a readable TOML table")
     try:
-        table = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(content.decode("utf-8").replace("\r\n", "\n"))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise invalid("GPU file", "a readable TOML table", f"{path} ({error})") from error
     if not table:
         raise invalid("GPU file", "at least one card", f"{path} without any")
@@ -71,7 +76,7 @@ def _gpu(name: str, row: Any) -> Gpu:
             if not isinstance(value, str):
                 raise invalid(f"GPU {name}: {key}", "text", repr(value))
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = is_a(value, float) and math.isfinite(value)
         if not number or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
             raise invalid(f"GPU {name}: {key}", "a positive number", repr(value))
     return Gpu(name, **row)

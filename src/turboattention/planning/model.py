@@ -1,6 +1,5 @@
 """What a plan needs to know of a model, from its config alone: no weights are read."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -9,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from turboattention.errors import InvalidInputError, UnsupportedError, invalid
+from turboattention.files import DOCUMENT, read_json
+from turboattention.typed import short
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# Each of these makes modules or lists in Python: a config of one line could ask for more than memory holds.
+_COUNTED = ("layer", "depth", "block", "expert", "stage", "num_labels", "codebook")
+_MOST_COUNTED = 4096
+_LARGEST = 2**31  # any other whole number: widths, vocabulary, context
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,7 @@ def read_model(name: str) -> ModelFacts:
     convolution layers beside attention, layers that share a cache, learned sinks, or a sliding window in every layer.
     """
     path = _config_file(name)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise invalid("model config", "a readable JSON file", f"{path} ({error})") from error
+    data = read_json("model config", path, DOCUMENT, "a readable JSON file")
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise invalid("model config", "an object with model_type, as transformers writes it", str(path))
     return facts(name, data)
@@ -108,9 +110,12 @@ def facts(name: str, data: dict[str, Any]) -> ModelFacts:
     from turboattention.integrations.models import quiet
     from turboattention.integrations.transformers import model_shape, stock_layers
 
+    _check_sizes(data, "model config")
     fields = dict(data)
     model_type = fields.pop("model_type")
     quantization = fields.pop("quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        raise invalid("model config", "an object under quantization_config", short(quantization))
     with quiet():
         try:
             config: Any = AutoConfig.for_model(model_type, **fields)
@@ -118,11 +123,13 @@ def facts(name: str, data: dict[str, Any]) -> ModelFacts:
         # Whatever transformers raises for values that fit no model becomes one line.
         except Exception as error:
             raise _unusable(name, error) from error
-        shape = model_shape(config)
-        layers = stock_layers(text)
         try:
+            shape = model_shape(config)
+            layers = stock_layers(text)
             with torch.device("meta"):  # parameters without memory, so that each architecture counts itself
                 model: Any = AutoModelForCausalLM.from_config(config)
+        except UnsupportedError:
+            raise
         except Exception as error:
             raise _unusable(name, error) from error
     sizes = {parameter: x.numel() for parameter, x in model.named_parameters()}
@@ -144,6 +151,20 @@ def facts(name: str, data: dict[str, Any]) -> ModelFacts:
         quantization=str(quantization.get("quant_method", "unknown")) if quantization else "",
         soft_capped=bool(getattr(text, "attn_logit_softcapping", None)),
     )  # fmt: skip
+
+
+def _check_sizes(data: Any, where: str) -> None:
+    """Raise InvalidInputError for a whole number that no decoder has, before anything is made of it."""
+    items: Any = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        # The last part of the name of a list is that of the list.
+        place = where if isinstance(data, list) else f"{where}: {key}"
+        if isinstance(value, int) and not isinstance(value, bool):
+            counted = any(word in place.rpartition(": ")[2].lower() for word in _COUNTED)
+            most = _MOST_COUNTED if counted else _LARGEST
+            if not -most <= value <= most:
+                raise invalid(place[:200], f"at most {most}", short(value))
+        _check_sizes(value, place)
 
 
 def _unusable(name: str, error: Exception) -> InvalidInputError:

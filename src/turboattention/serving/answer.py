@@ -1,12 +1,13 @@
 """One answer of one side: a line of the raw file, and what every side can do."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from turboattention.errors import InvalidInputError, invalid
+from turboattention.errors import invalid
 from turboattention.serving.prompts import Request
 from turboattention.serving.secrets import Secret, hide
+from turboattention.typed import build
 
 SIDES: tuple["SideName", "SideName"] = ("baseline", "candidate")
 SideName = Literal["baseline", "candidate"]
@@ -76,15 +77,12 @@ class Answer:
     @staticmethod
     def from_dict(data: Any) -> "Answer":
         """Raises for anything that `to_dict` does not write."""
-        try:
-            error = data.pop("error", None)
-            answer = replace(Answer(**data), error=Failure(**error) if error else None)
-            good = answer.side in SIDES and isinstance(answer.id, str) and isinstance(answer.text, str)
-            good = good and math.isfinite(answer.total_s + answer.started_at + sum(answer.times_s))
-        except (AttributeError, TypeError) as mistake:
-            raise InvalidInputError(f"answer: {mistake}") from mistake
-        if not good:
-            raise invalid("answer", "texts for id and text, a side, finite times", repr(data)[:80])
+        answer = build(Answer, data, "answer")
+        times = (answer.total_s, answer.started_at, *answer.times_s)
+        if not all(0 <= x < math.inf for x in times) or min(answer.completion_tokens, answer.prompt_tokens or 0) < 0:
+            raise invalid("answer", "finite times and counts from 0", f"those of {answer.id[:80]!r}")
+        if answer.tokens is not None and len(answer.tokens) != len(answer.logprobs or ()):
+            raise invalid("answer", "a log-probability of each token", f"those of {answer.id[:80]!r}")
         return answer
 
 

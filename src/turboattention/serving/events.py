@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from turboattention.files import parse_json
 from turboattention.serving.answer import Failure
 
 
@@ -40,8 +41,8 @@ class Stream:
             self.done = True
             return
         try:
-            self._event(json.loads(data), seconds)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            self._event(parse_json(data), seconds)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
             raise BrokenStreamError(Failure("protocol", f"an event that is not of the API: {data[:120]}")) from error
 
     def _event(self, event: Any, seconds: float) -> None:
@@ -49,7 +50,10 @@ class Stream:
             raise BrokenStreamError(Failure("http", f"error in the stream: {error_text(event)}"))
         usage = event.get("usage")
         if usage:
-            self.prompt_tokens, self.completion_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+            self.prompt_tokens, self.completion_tokens = (
+                _count(usage["prompt_tokens"]),
+                _count(usage["completion_tokens"]),
+            )
         for choice in event.get("choices", [])[:1]:
             self._choice(choice, seconds)
 
@@ -64,7 +68,10 @@ class Stream:
         if text or reasoning:
             self.times_s.append(round(seconds, 6))
         self._logprobs(choice.get("logprobs") or {})
-        self.finish = choice.get("finish_reason") or self.finish
+        finish = choice.get("finish_reason")
+        if finish is not None and not isinstance(finish, str):
+            raise TypeError("finish_reason")
+        self.finish = finish or self.finish
 
     def _logprobs(self, data: dict[str, Any]) -> None:
         if data.get("content"):
@@ -75,6 +82,13 @@ class Stream:
             self.tokens.append(str(token))
             # A server without a value sends null; it must not pass for a probability of one.
             self.logprobs.append(math.nan if logprob is None else float(logprob))
+
+
+def _count(value: Any) -> int:
+    count = int(value)
+    if not 0 <= count < 2**53:
+        raise ValueError("a count of tokens")
+    return count
 
 
 def error_text(body: Any) -> str:

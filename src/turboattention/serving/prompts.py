@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from turboattention.errors import InvalidInputError, invalid
+from turboattention.errors import invalid
 from turboattention.evaluation.texts import BUNDLED_TEXTS, load_text
+from turboattention.files import RECORDS, parse_json, read_bytes
+from turboattention.typed import short
 
 Api = Literal["completions", "chat"]
 MAX_TOKENS = 128
+MOST_TOKENS = 2**31 - 1  # what servers can count
 KEYS = ("id", "prompt", "messages", "reference", "max_tokens", "metadata")
 
 _BUNDLED_CHARACTERS = 3000  # about 700 tokens: ten pages, so that most of what is read is compressed
@@ -56,10 +59,7 @@ def read_requests(path: Path, max_tokens: int = MAX_TOKENS) -> tuple[list[Reques
 
     max_tokens: for lines without one of their own.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise invalid("--requests", "a readable JSONL file", f"{path} ({error.strerror})") from error
+    lines = read_bytes("--requests", path, RECORDS, "a readable JSONL file").split(b"\n")
     good: dict[str, Request] = {}
     bad: list[BadLine] = []
     for number, line in enumerate(lines, 1):
@@ -67,7 +67,7 @@ def read_requests(path: Path, max_tokens: int = MAX_TOKENS) -> tuple[list[Reques
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if not text:
                 continue
-            request = _request(json.loads(text), number, max_tokens)
+            request = _request(parse_json(text), number, max_tokens)
             if request.id in good:
                 raise invalid("id", "one of its own", f"{request.id!r} again")
             good[request.id] = request
@@ -75,7 +75,7 @@ def read_requests(path: Path, max_tokens: int = MAX_TOKENS) -> tuple[list[Reques
             bad.append(BadLine(number, f"not UTF-8 ({error.reason} at byte {error.start})"))
         except json.JSONDecodeError as error:
             bad.append(BadLine(number, f"not JSON ({error.msg} at column {error.colno})"))
-        except (InvalidInputError, RecursionError) as error:
+        except ValueError as error:  # InvalidInputError too
             bad.append(BadLine(number, str(error)))
     if not good:
         first = f"; line {bad[0].number}: {bad[0].reason}" if bad else ""
@@ -91,17 +91,17 @@ def _request(data: Any, number: int, max_tokens: int) -> Request:
         raise invalid("keys", f"some of {', '.join(KEYS)}", ", ".join(unknown), "put other data under 'metadata'")
     name = data.get("id", f"line-{number}")
     if not isinstance(name, str | int) or isinstance(name, bool) or not str(name).strip():
-        raise invalid("id", "a text or a number", repr(name))
+        raise invalid("id", "a text or a number", short(name))
     if ("prompt" in data) == ("messages" in data):
         raise invalid("line", "'prompt' or 'messages'", "both" if "prompt" in data else "neither")
     tokens = data.get("max_tokens", max_tokens)
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise invalid("max_tokens", "a number of at least 1", repr(tokens))
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 0 < tokens <= MOST_TOKENS:
+        raise invalid("max_tokens", f"a number from 1 to {MOST_TOKENS}", short(tokens))
     prompt = data.get("prompt", "")
     if "prompt" in data and (not isinstance(prompt, str) or not prompt):
-        raise invalid("prompt", "text", repr(prompt))
+        raise invalid("prompt", "text", short(prompt))
     messages = _messages(data["messages"]) if "messages" in data else ()
-    return Request(str(name), _plain(prompt), messages, _references(data.get("reference")), tokens)
+    return Request(_plain(str(name)), _plain(prompt), messages, _references(data.get("reference")), tokens)
 
 
 def _messages(data: Any) -> tuple[dict[str, str], ...]:
@@ -110,7 +110,7 @@ def _messages(data: Any) -> tuple[dict[str, str], ...]:
         set(message) == {"role", "content"} and all(isinstance(part, str) for part in message.values())
         for message in data
     ):
-        raise invalid("messages", "a list of objects with the texts 'role' and 'content'", json.dumps(data)[:80])
+        raise invalid("messages", "a list of objects with the texts 'role' and 'content'", short(data))
     return tuple({"role": _plain(message["role"]), "content": _plain(message["content"])} for message in data)
 
 
@@ -119,8 +119,8 @@ def _references(data: Any) -> tuple[str, ...]:
         return ()
     several = data if isinstance(data, list) else [data]
     if not several or not all(isinstance(text, str) and text.strip() for text in several):
-        raise invalid("reference", "text, or a list of accepted texts", repr(data)[:80])
-    return tuple(several)
+        raise invalid("reference", "text, or a list of accepted texts", short(data))
+    return tuple(map(_plain, several))
 
 
 def has_halves(text: str) -> bool:

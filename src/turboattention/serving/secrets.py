@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from turboattention.errors import invalid
+from turboattention.files import read_bytes
 
 HIDDEN = "[key]"
+_LONGEST = 2**16  # bytes of its file
 _SHORTEST = 8  # a shorter "key" would be found in ordinary text everywhere
 
 
@@ -33,11 +35,11 @@ def read_key(option: str, variable: str | None, file: Path | None) -> Secret | N
             raise invalid(f"--{option}-key-env", "the NAME of a variable that is set", "a name that is not set")
         return _checked(f"--{option}-key-env", os.environ[variable])
     if file is not None:
+        name = f"--{option}-key-file"
         try:
-            return _checked(f"--{option}-key-file", file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise invalid(f"--{option}-key-file", "a readable text file", f"{file} ({reason})") from None
+            return _checked(name, read_bytes(name, file, _LONGEST, "a readable text file").decode("utf-8"))
+        except UnicodeDecodeError:
+            raise invalid(name, "a readable text file", f"{file} (not UTF-8)") from None
     return None
 
 

@@ -16,9 +16,11 @@ from types import TracebackType
 from typing import Any
 
 from turboattention.errors import InvalidInputError, invalid
+from turboattention.files import RECORDS, parse_json, read_json
 from turboattention.serving.answer import SIDES, Answer, SideName
 from turboattention.serving.prompts import Request
 from turboattention.serving.secrets import Secret, hide
+from turboattention.typed import build
 
 SCHEMA = 1
 RUN, REQUESTS, ANSWERS, PAIRS = "run.json", "requests.jsonl", "answers.jsonl", "pairs.jsonl"
@@ -26,6 +28,14 @@ RUN, REQUESTS, ANSWERS, PAIRS = "run.json", "requests.jsonl", "answers.jsonl", "
 
 class DiskError(InvalidInputError):
     """Answers cannot be written any more; those before are kept."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What `Store.pin` adds to the file of the run."""
+
+    found: dict[str, dict[str, str]]
+    remarks: list[str]
 
 
 @dataclass
@@ -77,12 +87,16 @@ class Store:
             (self.folder / REQUESTS).unlink(missing_ok=True)
             self._write(path, json.dumps(now, indent=2) + "\n")
             return
+        expected = f"a folder with {RUN}, or a new one"
+        before = read_json("--out", path, RECORDS, expected)
+        if not isinstance(before, dict):
+            raise invalid("--out", expected, f"{path} ({type(before).__name__})")
+        found, remarks = before.pop("found", {}), before.pop("remarks", [])
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise invalid("--out", f"a folder with {RUN}, or a new one", f"{path} ({error})") from error
-        if isinstance(before, dict):
-            self.found, self.remarks = before.pop("found", {}), before.pop("remarks", [])
+            self.found = build(_Found, {"found": found, "remarks": remarks}, RUN).found
+        except InvalidInputError as error:
+            raise invalid("--out", expected, f"{path} ({error})") from error
+        self.remarks = list(remarks)
         self._refuse_changes(before, now)
 
     def _refuse_changes(self, before: Any, now: Any, name: str = "") -> None:
@@ -112,8 +126,8 @@ class Store:
             self._file.truncate(whole)
         for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
             try:
-                answer = Answer.from_dict(json.loads(line))
-            except (ValueError, InvalidInputError) as error:
+                answer = Answer.from_dict(parse_json(line))
+            except ValueError as error:
                 self.remarks.append(f"{ANSWERS}, line {number} cannot be read and is asked again: {error}")
                 continue
             self.answers[answer.id, answer.side] = answer

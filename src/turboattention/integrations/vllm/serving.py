@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from turboattention.errors import invalid
+from turboattention.files import parse_json
 from turboattention.integrations.vllm.plugin import BACKEND
 from turboattention.integrations.vllm.settings import (
     DTYPES,
@@ -87,7 +88,7 @@ def _taken(name: str, options: Sequence[str]) -> tuple[list[str], str | None]:
 
 def _object(text: str | None) -> dict[str, object]:
     try:
-        found = json.loads(text or "{}")
+        found = parse_json(text or "{}")
     except ValueError as error:
         raise invalid("--additional-config", "JSON", f"{text!r} ({error})") from error
     if not isinstance(found, dict) or SECTION in found:

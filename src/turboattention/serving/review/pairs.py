@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from turboattention.errors import InvalidInputError, invalid
+from turboattention.files import RECORDS, parse_json, read_bytes
 from turboattention.serving.answer import SIDES
 from turboattention.serving.prompts import has_halves
+from turboattention.typed import short
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,7 @@ def read_pairs(path: Path) -> PairFile:
     Malformed lines are left out and named in ``bad_lines``. Raises InvalidInputError for a file that cannot be read, an
     id that two good lines have, and a file without a good line.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise invalid("pairs", "a readable file of JSON lines", f"{path} ({error.strerror})") from error
+    lines = read_bytes("pairs", path, RECORDS, "a readable file of JSON lines").split(b"\n")
     pairs: dict[str, Pair] = {}
     numbers: dict[str, int] = {}
     bad = []
@@ -52,8 +51,8 @@ def read_pairs(path: Path) -> PairFile:
         if not line.strip():
             continue
         try:
-            pair = _pair(json.loads(line))
-        except (ValueError, RecursionError) as error:
+            pair = _pair(parse_json(line))
+        except ValueError as error:
             reason = "not JSON" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)
             bad.append(f"line {number}: {reason}")
             continue
@@ -81,7 +80,7 @@ def _pair(row: Any) -> Pair:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise invalid(name, "text", repr(value)[:80])
+        raise invalid(name, "text", short(value))
     if has_halves(value):
         raise invalid(name, "Unicode text", "half of a surrogate pair")
     return value

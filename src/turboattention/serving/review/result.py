@@ -1,12 +1,13 @@
 """What a review found, as plain data."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from turboattention.errors import invalid
+from turboattention.errors import InvalidInputError, invalid
+from turboattention.files import DOCUMENT, read_json
 from turboattention.serving.result import Measured
+from turboattention.typed import build
 
 SCHEMA = 1
 
@@ -66,14 +67,11 @@ class ReviewResult:
     @classmethod
     def load(cls, path: Path) -> "ReviewResult":
         """What ``review --results --json`` wrote; raises InvalidInputError for anything else."""
+        expected = "the JSON of turboattention review --results"
+        data = read_json("review", path, DOCUMENT, expected)
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise invalid("review", expected, f"{path}, of another schema than {SCHEMA}")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("schema") != SCHEMA:
-                raise ValueError(f"another schema than {SCHEMA}")
-            for name in ("preferred", "net", "not_worse", "agreement", "left"):
-                data[name] = None if data[name] is None else Measured(*data[name])
-            data["counts"] = Counts(**data["counts"])
-            data["raters"] = {str(rater): Counts(**counts) for rater, counts in data["raters"].items()}
-            return cls(**data | {"bad_lines": tuple(map(str, data["bad_lines"]))})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise invalid("review", "the JSON of turboattention review --results", f"{path} ({error})") from error
+            return build(cls, data, "review")
+        except InvalidInputError as error:
+            raise invalid("review", expected, f"{path} ({error})") from error

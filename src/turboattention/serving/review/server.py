@@ -1,17 +1,15 @@
 """Listens on an address and serves the page until it is interrupted."""
 
-import ipaddress
 import socket
 from collections.abc import Sequence
 
 import uvicorn
 
 from turboattention.errors import invalid
+from turboattention.hosts import LOOPBACK_NAMES, is_loopback
 from turboattention.serving.review.app import create_app
 from turboattention.serving.review.pairs import PairFile
 from turboattention.serving.review.store import Store
-
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -32,14 +30,6 @@ def listen(host: str, port: int) -> socket.socket:
             "--host and --port", "an address of this machine with a free port", f"{host}:{port} ({reason})"
         ) from error
     return bound
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def host_headers(host: str, port: int, allowed: Sequence[str]) -> frozenset[str]:

@@ -29,6 +29,12 @@ CREATE TABLE IF NOT EXISTS judgement (
     UNIQUE (rater, position), FOREIGN KEY (rater, position) REFERENCES assignment (rater, position)
 );
 """
+_NAMES = {"review", "assignment", "judgement"}
+_COLUMNS = {
+    "assignment": {"rater": "text", "position": "integer", "pair": "text", "candidate_left": "integer"},
+    "judgement": {"rater": "text", "position": "integer", "choice": "text"},
+}
+_EXPECTED = "a file of turboattention review, or a new name"
 
 
 class StoreError(InvalidInputError):
@@ -97,14 +103,15 @@ class Store:
         try:
             yield
         except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR":  # a column or table that is not there
+                raise invalid("--data", _EXPECTED, f"{self.path} ({error})") from error
             raise StoreError(
                 f"--data: expected to write {self.path}, received {error}; judgements before are kept: make room, or "
                 "stop the program that holds it, and judge again"
             ) from error
-        except sqlite3.DatabaseError as error:
-            raise invalid(
-                "--data", "a file of turboattention review, or a new name", f"{self.path} ({error})"
-            ) from error
+        # UnicodeDecodeError: names or messages of a damaged file, which the module decodes.
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise invalid("--data", _EXPECTED, f"{self.path} ({error})") from error
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
@@ -120,9 +127,14 @@ class Store:
                 raise
 
     def _prepare(self) -> None:
-        tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if tables and "review" not in tables:
-            raise invalid("--data", "a file of turboattention review, or a new name", f"another database, {self.path}")
+        # A file of somebody else may hold more than tables, and SQLite would run it.
+        self._db.execute("PRAGMA trusted_schema = OFF")
+        self._db.execute("PRAGMA cell_size_check = ON")
+        found = dict(self._db.execute("SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'").fetchall())
+        if found and (set(found) - _NAMES or "review" not in found or set(found.values()) != {"table"}):
+            raise invalid("--data", _EXPECTED, f"another database, {self.path}")
+        if found and self._db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+            raise invalid("--data", _EXPECTED, f"{self.path}, which is damaged")
         self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
         now = (SCHEMA, self._file.fingerprint, self.seed)
         with self._change() as db:
@@ -133,6 +145,21 @@ class Store:
         for name, old, new in zip(("schema", "pairs", "seed"), before, now, strict=True):
             if old != new:
                 raise invalid("--data", f"the {name} that {self.path} was begun with ({str(old)[:12]})", str(new)[:12])
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Raise unless every row is one that this class writes: columns of SQLite hold values of any type."""
+        for table, kinds in _COLUMNS.items():
+            wrong = " OR ".join(f"typeof({name}) != '{kind}'" for name, kind in kinds.items())
+            if self._db.execute(f"SELECT 1 FROM {table} WHERE {wrong} LIMIT 1").fetchone():
+                raise invalid("--data", _EXPECTED, f"{self.path}, with a row of {table} that is none of its own")
+        if self._db.execute("PRAGMA foreign_key_check").fetchone():
+            raise invalid("--data", _EXPECTED, f"{self.path}, with judgements of pairs that were not shown")
+        known, rows = set(self._file.pairs), self._db.execute("SELECT DISTINCT pair FROM assignment")
+        if any(pair not in known for (pair,) in rows) or self._db.execute(
+            f"SELECT 1 FROM judgement WHERE choice NOT IN ({', '.join('?' * len(CHOICES))})", CHOICES
+        ).fetchone():  # fmt: skip
+            raise invalid("--data", _EXPECTED, f"{self.path}, with a pair or choice that does not exist")
 
     def place(self, rater: str) -> Place:
         """Where a rater goes on; a new one gets an order and sides of their own, which are stored."""
