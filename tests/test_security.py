@@ -1,6 +1,7 @@
 """What no module may do: run content of a file as code, or hand a text to a shell; by the syntax trees of src."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_names_of_imports_are_constants() -> None:
             constant = isinstance(call.args[0], ast.Constant)
             table = isinstance(call.args[0], ast.Subscript) and dotted(call.args[0].value) == "_LAZY"
             assert constant or table, f"{file}:{call.lineno}"
+
+
+def test_locks_pin_exact_versions() -> None:
+    lines = []
+    for file in sorted((Path(__file__).parents[1] / "requirements").glob("*.txt")):
+        lines += [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    pinned = [line for line in lines if line and line != "-r demo.txt"]
+    assert len(pinned) > 70
+    assert [line for line in pinned if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.+]*", line)] == []
 
 
 def test_model_folders_without_safetensors_are_refused(tmp_path: Path) -> None:
