@@ -134,18 +134,26 @@ def test_slow_clients_lose_their_connection(dripping: bool, monkeypatch: pytest.
 
 def test_too_many_clients_are_turned_away_and_later_ones_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sidecar, "CLIENTS", 3)
-    monkeypatch.setattr(sidecar, "CLIENT_S", 0.3)
+    monkeypatch.setattr(sidecar, "CLIENT_S", 60)
     pages = serve("127.0.0.1", 0, SidecarMetrics(), None)
+    held = [socket.create_connection(("127.0.0.1", pages.server_port), timeout=20) for _ in range(10)]
     try:
-        held = [socket.create_connection(("127.0.0.1", pages.server_port), timeout=5) for _ in range(10)]
-        time.sleep(0.1)
+        for connection in held[3:]:  # in the order in which they came
+            with suppress(ConnectionError):
+                assert connection.recv(1) == b""
+        assert all(map(is_open, held[:3]))
         with pytest.raises((ConnectionError, http.client.HTTPException)):
             ask(pages.server_port, {})
-        time.sleep(0.6)
-        assert ask(pages.server_port, {})[0] == 200
+        held[0].close()
+        end = time.monotonic() + 20
+        while True:
+            with suppress(ConnectionError, http.client.HTTPException):
+                assert ask(pages.server_port, {})[0] == 200
+                break
+            assert time.monotonic() < end
+    finally:
         for connection in held:
             connection.close()
-    finally:
         pages.shutdown()
         pages.server_close()
 
