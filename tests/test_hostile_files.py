@@ -41,7 +41,7 @@ class Reader(NamedTuple):
     valid: Any
     read: Callable[[Path], object]
     lines: bool = False
-    examples: int = 150
+    examples: int = 90
 
 
 def use_policy(path: Path) -> None:
@@ -175,7 +175,7 @@ def sealed_state() -> Any:
 
 
 READERS = {
-    "policy": Reader(POLICY, use_policy, examples=200),
+    "policy": Reader(POLICY, use_policy, examples=120),
     "calibration state": Reader(sealed_state(), use_state),
     "results of a state": Reader({"seconds": {"probes": 1.5}, "point": asdict(POINT)}, use_sealed),
     "watch reference": Reader(

@@ -175,7 +175,7 @@ def test_counts_that_are_none(count: str) -> None:
         totals(GOOD.replace('kl_count{layer="1"} 2.0', f'kl_count{{layer="1"}} {count}'))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_whatever_a_page_holds(data: st.DataObject) -> None:
     page = GOOD
