@@ -264,7 +264,8 @@ class LayerCache:
     def _keep_sinks(self, key: Tensor, value: Tensor) -> None:
         if self.sink_key is None or self.sink_value is None:
             shape = (*key.shape[:2], self.config.sink_tokens, key.shape[3])
-            self.sink_key, self.sink_value = key.new_zeros(shape), value.new_zeros(shape)
+            assert self.open is not None  # it holds these tokens
+            self.sink_key, self.sink_value = (x.new_zeros(shape, dtype=self.open.read_dtype) for x in (key, value))
         self.sink_key = gather_sinks(self.sink_key, key, self.page_tokens, self.starts)
         self.sink_value = gather_sinks(self.sink_value, value, self.page_tokens, self.starts)
 
