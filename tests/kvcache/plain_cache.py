@@ -26,12 +26,13 @@ def variant(preset: str, **changes: int | str) -> CacheConfig:
 class Case:
     config: CacheConfig
     overrides: tuple[Override, ...] = ()
+    integrity: str = "off"
 
     def formats(self, heads: int = HEADS) -> list:
         return Policy("test", self.config, overrides=self.overrides).head_formats(0, heads)
 
     def cache(self, heads: int = HEADS) -> LayerCache:
-        return LayerCache(self.config, self.formats(heads))
+        return LayerCache(self.config, self.formats(heads), integrity=self.integrity)
 
 
 CASES = {
@@ -42,6 +43,7 @@ CASES = {
     "turbo3-pages-of-32-window-40": Case(variant("turbo3", page_size=32, sink_tokens=5, recent_window=40)),
     "key-of-one-head-at-16": Case(variant("turbo2"), (Override(16, head=0, tensor="key"),)),
     "paper4-sinks-and-window": Case(variant("paper4", page_size=32, sink_tokens=3, recent_window=10)),
+    "turbo4-verified-at-each-read": Case(variant("turbo4", page_size=32), (Override(8, head=1),), "read"),
     "kivi4-without-window": Case(variant("kivi4", recent_window=0, sink_tokens=2)),
 }
 
