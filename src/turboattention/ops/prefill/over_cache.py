@@ -27,9 +27,9 @@ def over_cache(
 ) -> AttentionOutput:
     """`prefill_attention` by a kernel where one fits, else by the definition; the caller has checked the shapes.
 
-    q: ``[batch, heads, queries, head_dim]``; a sequence of ``kv`` may be empty when not causal. The other arguments as
-    `prefill_attention` and `cached_attention`; programs: see `paged_decode`. out: like q, any strides but that of the
-    channels, written and returned instead of a new tensor.
+    q: ``[batch, heads, queries, head_dim]``; an empty sequence of a paged ``kv`` gives zeros and an lse of -inf. The
+    other arguments as `prefill_attention` and `cached_attention`; programs: see `paged_decode`. out: like q, any
+    strides but that of the channels, written and returned instead of a new tensor.
     """
     layouts = tuple(group.layout for group in kv.groups)
     chosen, reason = choose(layouts, q.device, q.dtype, queries=q.shape[2], config=config, wanted=implementation)
@@ -43,7 +43,16 @@ def over_cache(
         rows = [(q, kv)] if isinstance(kv, CachedKV) else [(q[i : i + 1], sequence(kv, i)) for i in range(len(q))]
         found = _joined(
             [
-                prefill_attention(x, row, scale=scale, causal=causal, softcap=softcap, window=window, config=config)
+                # An empty sequence, with which engines fill a batch, has no newest token: it just sees nothing.
+                prefill_attention(
+                    x,
+                    row,
+                    scale=scale,
+                    causal=causal and bool(row.length),
+                    softcap=softcap,
+                    window=window,
+                    config=config,
+                )
                 for x, row in rows
             ],
             0,
