@@ -27,12 +27,23 @@ from plain_paged import CONFIGS  # noqa: E402
 
 from turboattention.ops.append.paged import append_paged  # noqa: E402
 
-STEPS, EXAMPLES = 30, 20  # steps of a history; histories of one machine and seed
+STEPS = 30  # of a history
 Machines = dict[str, Callable[[], RuleBasedStateMachine]]
 
 
-def machines(device: str) -> Machines:
-    """All machines by name; on CPUs the paged ones by the C++ kernels (where they are built) and by the definition."""
+def machines(device: str, triton: bool) -> Machines:
+    """All machines by name; on CPUs the paged ones by the C++ kernels (where they are built) and by the definition.
+
+    triton: those of the Triton kernels alone, on a CPU in the interpreter.
+    """
+    if triton:
+        from turboattention.ops.append.triton_paged import append_paged as kernel  # needs Triton
+
+        return {
+            f"paged {name}, Triton": (lambda name=name: PagedMachine(name, kernel, "triton", device))
+            for name in CONFIGS
+            if not name.startswith("kivi")
+        }
     found: Machines = {
         f"contiguous {name}": (lambda name=name, case=case: CacheMachine(case, name, device))
         for name, case in CASES.items()
@@ -45,8 +56,8 @@ def machines(device: str) -> Machines:
     return found
 
 
-def run(make: Callable[[], RuleBasedStateMachine], number: int) -> int:
-    """EXAMPLES histories from one seed; returns their steps."""
+def run(make: Callable[[], RuleBasedStateMachine], number: int, histories: int) -> int:
+    """So many histories from one seed; returns their steps."""
     steps = 0
 
     @seed(number)
@@ -64,7 +75,7 @@ def run(make: Callable[[], RuleBasedStateMachine], number: int) -> int:
 
     # No shrinking: the steps printed are those that happened.
     chosen = settings(
-        max_examples=EXAMPLES, stateful_step_count=STEPS, phases=[Phase.generate], database=None, deadline=None,
+        max_examples=histories, stateful_step_count=STEPS, phases=[Phase.generate], database=None, deadline=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     run_state_machine_as_test(counted, settings=chosen)
@@ -77,12 +88,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000, help="steps of all machines together, at least")
     parser.add_argument("--seed", type=int, default=0, help="the first seed; each round takes the next")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--histories", type=int, default=20, help="of each machine with one seed")
+    parser.add_argument("--triton", action="store_true", help="the Triton kernels alone; TRITON_INTERPRET=1 on a CPU")
     parser.add_argument("--only", default="", help="machines whose name contains this")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected a CUDA GPU, torch sees none; use cpu")
     torch.set_num_threads(1)  # small tensors: more threads only wait for one another
-    every = machines(arguments.device)
+    every = machines(arguments.device, arguments.triton)
     chosen = {name: make for name, make in every.items() if arguments.only in name}
     places = {name: place for place, name in enumerate(every)}  # so that no two machines see the same histories
     if not chosen:
@@ -91,7 +104,7 @@ def main() -> None:
     while sum(steps.values()) < arguments.steps:
         for name, make in chosen.items():
             try:
-                steps[name] += run(make, 1000 * number + places[name])
+                steps[name] += run(make, 1000 * number + places[name], arguments.histories)
             except BaseException:
                 print(f"found by: python benchmarks/fuzz.py --seed {number} --steps 1 --only '{name}'", flush=True)
                 raise
