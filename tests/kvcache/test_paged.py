@@ -124,7 +124,7 @@ def test_any_history(name: str, shuffle: int | None, history: list):
 def test_random_steps_of_an_engine(name: str, implementation: Implementation | None):
     """Pages come from one pool and go from row to row; `benchmarks/fuzz.py` runs the same for longer."""
     append = append_paged if implementation == "reference" else None
-    chosen = settings(max_examples=8, stateful_step_count=20, phases=[Phase.generate])
+    chosen = settings(max_examples=5, stateful_step_count=20, phases=[Phase.generate])
     run_state_machine_as_test(lambda: paged_machine.PagedMachine(name, append, implementation), settings=chosen)
 
 
