@@ -21,6 +21,10 @@ class RefusedError(TurboAttentionError):
     """A guard refuses new requests because an alarm stands; the message says which."""
 
 
+class IntegrityError(TurboAttentionError):
+    """Bytes of a cache are not those that were written (debug mode, `kvcache.integrity`); the message says which."""
+
+
 class MissingDependencyError(TurboAttentionError, ImportError):
     """An optional package is needed; the message holds the command that installs it."""
 

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import paged_machine
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
 
 from turboattention.config import CacheConfig, TensorFormat, presets
@@ -14,6 +16,7 @@ from turboattention.kvcache import LayerCache
 from turboattention.kvcache.paged import PagedCache
 from turboattention.ops.append import advance, paged_append_for, tail_capacity
 from turboattention.ops.append.paged import append_paged, rotate_positions
+from turboattention.ops.dispatch import Implementation
 from turboattention.quant.layout import PageLayout
 
 ROWS, HEADS, DIM, MAX_STEP = 2, 3, 64, 5
@@ -114,6 +117,15 @@ def test_any_history(name: str, shuffle: int | None, history: list):
             paged.observe(q, told)
         rows.append(when, key, value, q, counts)
         assert_same(paged, rows)
+
+
+@pytest.mark.parametrize("implementation", ["reference", None], ids=["reference", "default"])
+@pytest.mark.parametrize("name", paged_machine.CONFIGS)
+def test_random_steps_of_an_engine(name: str, implementation: Implementation | None):
+    """Pages come from one pool and go from row to row; `benchmarks/fuzz.py` runs the same for longer."""
+    append = append_paged if implementation == "reference" else None
+    chosen = settings(max_examples=5, stateful_step_count=20, phases=[Phase.generate])
+    run_state_machine_as_test(lambda: paged_machine.PagedMachine(name, append, implementation), settings=chosen)
 
 
 def test_decode_over_many_pages():

@@ -67,6 +67,36 @@ def test_same_cache_as_one_append_for_each_row(append: Callable[..., None], devi
         assert torch.equal(x.view(torch.int16), y.view(torch.int16)), name  # bits: unwritten slots are NaN
 
 
+@pytest.mark.parametrize(("append", "device"), IMPLEMENTATIONS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_row_without_new_tokens_is_compressed_too(
+    append: Callable[..., None], device: torch.device, when: str
+) -> None:
+    """A decode step leaves a full page exact; the next step writes it, as `advance` says, whoever gets tokens then."""
+    expected, got = cache_of(paged.append_paged, torch.device("cpu")), cache_of(append, device)
+    first, one = torch.randn(2, 3, HEADS, 63, DIM).half(), torch.randn(2, 3, HEADS, 1, DIM).half()
+    new = torch.randn(2, 1, HEADS, 5, DIM).half()
+    none_first = torch.tensor([0, 0, 5], dtype=torch.int32)
+    for cache in (expected, got):
+        place = cache.lengths.device
+        cache.append(*first.to(place), when="after")
+        cache.append(*one.to(place), when="before")
+        assert cache.page_tokens.tolist() == [0, 0, 0]
+    expected.append(*new.expand(-1, 3, -1, -1, -1), when="after", counts=none_first)
+    assert expected.page_tokens.tolist() == [64, 64, 64]
+    where = Packed(torch.tensor([0, 5, 0], dtype=torch.int32, device=device), 5)
+    room = got.tail_key.new_full((3, HEADS, 64 + 5, DIM), torch.nan)
+    room[:, :, :64] = got.tail_key
+    values = room.clone()
+    values[:, :, :64] = got.tail_value
+    got.tail_key, got.tail_value = room, values  # slots of tokens 0 .. 63 are the same
+    got._append(
+        got.view(), *new.to(device), when=when, fault=got.fault, counts=none_first.to(device),
+        query_power=got.query_power, packed=where,
+    )  # fmt: skip
+    assert torch.equal(expected.groups[0].pool, got.groups[0].pool.cpu())
+
+
 def test_packed_needs_counts_and_nothing_of_a_step() -> None:
     cache = cache_of(paged.append_paged, torch.device("cpu"))
     new = torch.zeros(1, HEADS, 8, DIM, dtype=torch.float16)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from turboattention.quant.layout import PageLayout
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ABSENT = -1
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _REGIONS = (
@@ -65,7 +65,7 @@ class Attention(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("batch", "heads", "kv_heads", "queries", "head_dim")),
-        *((name, c_int32) for name in ("causal", "window", "sinks", "capacity")),
+        *((name, c_int32) for name in ("causal", "window", "sinks", "capacity", "split")),
         ("scale", c_float),
         ("softcap", c_float),
         ("pages", POINTER(HeadPages)),

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from turboattention.checks import check_heads
-from turboattention.config import CacheConfig, TensorFormat, with_bits
+from turboattention.config import CacheConfig, TensorFormat, check_choice, with_bits
 from turboattention.errors import InvalidInputError, invalid
+from turboattention.kvcache.integrity import INTEGRITIES, Integrity, checksum, group_differences, raise_for
 from turboattention.kvcache.open_page import ClampedOpenPage, OpenPage
 from turboattention.ops.append import add_query_power, compress_pages, full_pages, gather_sinks, real_tokens
 from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
@@ -29,8 +30,14 @@ class LayerCache:
     can drop them.
     """
 
-    def __init__(self, config: CacheConfig, formats: Sequence[HeadFormat]) -> None:
-        """config: page size, protections; formats: of K and V for each KV head."""
+    def __init__(self, config: CacheConfig, formats: Sequence[HeadFormat], *, integrity: Integrity = "off") -> None:
+        """config: page size, protections; formats: of K and V for each KV head.
+
+        integrity: a debug mode that keeps a checksum of each page (see `verify`): ``demand``, or ``read`` to verify at
+        every ``view`` as well; both wait for the device.
+        """
+        check_choice("integrity", integrity, INTEGRITIES)
+        self.integrity = integrity
         self.config = config
         self.formats = tuple(formats)
         self.reset()
@@ -38,6 +45,7 @@ class LayerCache:
     def reset(self) -> None:
         """Forget everything."""
         self.groups: list[HeadGroup] = []
+        self.checksums: list[Tensor] = []  # of the pages of each group, empty with integrity off
         self.page_count = 0
         self.open: OpenPage | None = None
         self.sink_key: Tensor | None = None
@@ -103,11 +111,21 @@ class LayerCache:
         self.query_power = add_query_power(self.query_power, q, len(self.formats), real)
 
     def view(self) -> CachedKV:
-        """What attention reads. Invalid after the next change of the cache."""
+        """What attention reads. Invalid after the next change of the cache. Verified with ``integrity="read"``."""
         if self.open is None or not self.open.tensors:
             raise InvalidInputError("cache: expected tokens to attend to, received an empty cache; append first")
+        if self.integrity == "read":
+            self.verify()
         key, value = self.open.read()
         return CachedKV(tuple(self.groups), self.page_tokens, key, value, self.sink_key, self.sink_value, self.starts)
+
+    def verify(self) -> None:
+        """Raise IntegrityError unless every page holds what was written; with ``integrity`` on.
+
+        Exact tokens (open page, sinks) are not covered.
+        """
+        pairs = zip(self.groups, self.checksums, strict=True) if self.checksums else ()
+        raise_for([text for group, sums in pairs for text in group_differences(group, sums)])
 
     def settle(self) -> None:
         """Compress the full pages that the next step can no longer take back."""
@@ -138,6 +156,7 @@ class LayerCache:
             self.open.drop_last(self.open.tokens)
             self.page_count = length // size
             self.groups = [HeadGroup(g.layout, g.heads, g.pages[:, :, : self.page_count].clone()) for g in self.groups]
+            self.checksums = [sums[:, :, : self.page_count].clone() for sums in self.checksums]
         else:
             self.open.drop_last(removed)
         self.latest = max(0, self.latest - removed)
@@ -158,6 +177,7 @@ class LayerCache:
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` (select, reorder or repeat rows: dimension 0) to everything held."""
         self.groups = [HeadGroup(g.layout, g.heads, change(g.pages)) for g in self.groups]
+        self.checksums = [change(sums) for sums in self.checksums]
         if self.open is not None:
             self.open.map(change)
         if self.sink_key is not None and self.sink_value is not None:
@@ -196,6 +216,7 @@ class LayerCache:
             "sink_value": self.sink_value,
             "starts": self.starts,
             "query_power": self.query_power,
+            "checksums": list(self.checksums),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -216,6 +237,9 @@ class LayerCache:
                     "state", f"pages of {layout.nbytes} bytes", saved["pages"].shape[-1], "use the same policy"
                 )
             self.groups.append(HeadGroup(layout, heads, saved["pages"]))
+        if self.integrity != "off":
+            # Of a cache that kept none: what is here now counts as written.
+            self.checksums = list(state.get("checksums", ())) or [checksum(group.pages) for group in self.groups]
 
     def _new_open_page(self, dtype: torch.dtype) -> OpenPage:
         stored = torch.float16 if self.compresses and dtype.itemsize > 2 else dtype
@@ -246,6 +270,10 @@ class LayerCache:
                 if last > first:
                     parts.append(self._encode(group, key, value, first * size, last * size, scales))
             new.append(HeadGroup(group.layout, group.heads, torch.cat([group.pages, *parts], 2)))
+        if self.integrity != "off":
+            added = [checksum(group.pages[:, :, self.page_count :]) for group in new]
+            old = self.checksums or [sums[:, :, :0] for sums in added]
+            self.checksums = [torch.cat(pair, 2) for pair in zip(old, added, strict=True)]
         self.groups = new
         self.open.drop_first(count * size)
         self.page_count += count
@@ -264,7 +292,8 @@ class LayerCache:
     def _keep_sinks(self, key: Tensor, value: Tensor) -> None:
         if self.sink_key is None or self.sink_value is None:
             shape = (*key.shape[:2], self.config.sink_tokens, key.shape[3])
-            self.sink_key, self.sink_value = key.new_zeros(shape), value.new_zeros(shape)
+            assert self.open is not None  # it holds these tokens
+            self.sink_key, self.sink_value = (x.new_zeros(shape, dtype=self.open.read_dtype) for x in (key, value))
         self.sink_key = gather_sinks(self.sink_key, key, self.page_tokens, self.starts)
         self.sink_value = gather_sinks(self.sink_value, value, self.page_tokens, self.starts)
 

@@ -48,6 +48,11 @@ class OpenPage:
         return None
 
     @property
+    def read_dtype(self) -> torch.dtype:
+        """The dtype that holds every token of `read` exactly, those of later steps included."""
+        return self.dtype
+
+    @property
     def scaled_tokens(self) -> int:
         """Oldest tokens that are bound to `tile_scales`."""
         return 0
@@ -83,6 +88,10 @@ class ClampedOpenPage(OpenPage):
     @property
     def scaled_tokens(self) -> int:
         return self.tensors["key_codes"].shape[2] if "key_codes" in self.tensors else 0
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        return torch.float32
 
     @property
     def tokens(self) -> int:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from turboattention.checks import check_heads
-from turboattention.config import CacheConfig, TensorFormat
+from turboattention.config import CacheConfig, TensorFormat, check_choice
 from turboattention.errors import InvalidInputError, UnsupportedError, invalid
+from turboattention.kvcache.integrity import INTEGRITIES, Integrity, PoolChecksums, raise_for
 from turboattention.ops.append import When, add_query_power, advance, paged_append_for, tail_capacity
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
 from turboattention.quant.layout import PageLayout
@@ -35,19 +36,22 @@ class PagedCache:
         max_step: int = 1,
         shuffle: int | None = None,
         append: Callable[..., None] | None = None,
+        integrity: Integrity = "off",
     ) -> None:
         """Allocate everything.
 
         config: page size, sinks, recent window. formats: of K and V for each KV head. rows, max_tokens: sequences and
         the length of each. dtype: of the exact tokens. max_step: most new tokens of a step with ``when="before"``.
         shuffle: seed of a random order of the pages in the pools; None: in order. append: an implementation of
-        `ops.append.paged.append_paged`; None: the one for the device.
+        `ops.append.paged.append_paged`; None: the one for the device. integrity: a debug mode that keeps a checksum of
+        each page (see `verify`): ``demand``, or ``read`` to verify at every ``view`` as well; both wait for the device.
         Raises InvalidInputError and, for formats that the device's kernel can't write, UnsupportedError.
         """
         if config.open_page != "exact" or config.low_priority_heads:
             raise UnsupportedError("paged cache: the paper's clamped buffer and low-priority heads need LayerCache")
         if rows < 1 or max_tokens < 1 or max_step < 1:
             raise invalid("rows, max_tokens, max_step", "1 or more each", (rows, max_tokens, max_step))
+        check_choice("integrity", integrity, INTEGRITIES)
         self.config = config
         self.formats = tuple(formats)
         self.max_step = max_step
@@ -69,6 +73,8 @@ class PagedCache:
             _group(PageLayout(size, head_dim, *pair), self.formats, rows, pages, shuffle, place)
             for pair in dict.fromkeys(self.formats)
         )
+        self._verify_views = integrity == "read"
+        self._checksums = () if integrity == "off" else tuple(PoolChecksums(group) for group in self.groups)
         self._append = append or paged_append_for([group.layout for group in self.groups], place)
 
     def append(
@@ -99,6 +105,8 @@ class PagedCache:
             window=self.config.recent_window,
             counts=counts,
         )
+        for sums in self._checksums:
+            sums.written(self.page_tokens // self.config.page_size, page_tokens // self.config.page_size)
         # In place, because captured graphs read these tensors.
         self.lengths.copy_(lengths)
         self.page_tokens.copy_(page_tokens)
@@ -118,7 +126,9 @@ class PagedCache:
         self.query_power.copy_(add_query_power(self.query_power, q, heads, real))
 
     def view(self) -> PagedKV:
-        """What attention reads, always up to date: it owns nothing."""
+        """What attention reads, always up to date: it owns nothing. Verified first with ``integrity="read"``."""
+        if self._verify_views:
+            self.verify()
         return PagedKV(
             self.groups, self.lengths, self.page_tokens, self.tail_key, self.tail_value, self.sink_key, self.sink_value
         )
@@ -129,6 +139,17 @@ class PagedCache:
         for x in (self.lengths, self.page_tokens, self.fault, self.query_power):
             if x is not None:
                 x.index_fill_(0, index, 0)
+        for sums in self._checksums:
+            sums.freed(index)
+
+    def verify(self) -> None:
+        """Raise IntegrityError unless every page holds what was written and the table says where it is.
+
+        With ``integrity`` on. Finds flipped bits, pages written after they were freed or by others, table entries that
+        point elsewhere, pages read that no append wrote. Exact tokens (tail, sinks) are not covered: they change.
+        """
+        pages = self.page_tokens // self.config.page_size
+        raise_for([text for sums in self._checksums for text in sums.differences(pages)])
 
     def check(self) -> None:
         """Wait for the device and raise InvalidInputError for rows whose tokens are unusable."""

@@ -5,7 +5,7 @@
 #pragma once
 #include <stdint.h>
 
-#define TA_ABI_VERSION 2
+#define TA_ABI_VERSION 3
 
 enum TaDtype { TA_FLOAT32 = 0, TA_FLOAT16 = 1, TA_BFLOAT16 = 2 };
 enum TaIsa { TA_PLAIN = 0, TA_AVX2 = 1, TA_AVX512 = 2, TA_AMX = 3 };
@@ -42,6 +42,7 @@ typedef struct {
     int32_t batch, heads, kv_heads, queries, head_dim;
     int32_t causal, window;  /* window 0: none */
     int32_t sinks, capacity; /* capacity of a ring of exact tokens; 0: they lie in order */
+    int32_t split; /* tokens of pages of a part; 0: by the work of the call and the threads */
     float scale, softcap;    /* softcap 0: none */
     const TaHeadPages *pages; /* [kv_heads] */
     const int32_t *lengths, *page_tokens; /* [batch] */

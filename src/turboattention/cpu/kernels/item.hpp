@@ -43,8 +43,9 @@ struct Item {
         *low = max2(start, call->window ? at - call->window + 1 : 0);
     }
     void write(const TaAttention &a, int r, float top, float sum, float *acc) const {
-        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-        for (int i = 0; i < a.head_dim; i += W) store(acc + i, load(acc + i) * inverse);
+        // Zeros, not a product with zero: of a query that is no number acc is none either.
+        const vf inverse = splat(sum > 0.0f ? 1.0f / sum : 0.0f);
+        for (int i = 0; i < a.head_dim; i += W) store(acc + i, sum > 0.0f ? load(acc + i) * inverse : vf{});
         write_row(a.out, element(a.out, r), a.head_dim, acc);
         const float lse = sum > 0.0f ? (float)(top * 0.6931471805599453 + log((double)sum)) : NEG_INF;
         a.lse[((int64_t)b * a.heads + head(r)) * a.queries + query(r)] = lse;

@@ -1,7 +1,7 @@
 // Attention of a batch as work items: sequences x KV heads x blocks of rows x parts of the tokens.
 //
-// The parts depend on lengths and on the number of threads alone, and partial results are merged in order: the same
-// call gives the same bits, whichever thread does what.
+// The parts depend on lengths and on the number of threads alone, with `split` on the sequence's own length alone; partial
+// results are merged in order: the same call gives the same bits, whichever thread does what.
 #pragma once
 #include <stdlib.h>
 
@@ -34,7 +34,8 @@ static int run_attention(const TaAttention *call) {
     for (int h = 0; h < a.kv_heads; h++) refined = max2(refined, a.pages[h].format ? a.pages[h].format->refined : 0);
     for (int b = 0; b < a.batch; b++) blocks += a.lengths[b] / BLOCK_TOKENS + 1;
     blocks *= (int64_t)a.kv_heads * row_blocks;
-    const int64_t per_item = max2((int64_t)1, (blocks + a.threads * ITEMS_PER_THREAD - 1) / (a.threads * ITEMS_PER_THREAD));
+    int64_t per_item = max2((int64_t)1, (blocks + a.threads * ITEMS_PER_THREAD - 1) / (a.threads * ITEMS_PER_THREAD));
+    if (a.split > 0) per_item = (a.split + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
 
     int64_t count = 0, partial = 0;
     Plan plan{call, nullptr, nullptr, nullptr, nullptr, refined};

@@ -69,7 +69,8 @@ static inline void refined_scores(const TaPageFormat &f, const uint8_t *page, co
 #else
     (void)folded;
     const float unit = 1.0f / (float)(1 << f.refined_bits);
-    for (int j = 0; j < f.refined; j++) b.refined_q[j] = product[index[j]] * unit;
+    // Bounded: a damaged page must not be a reason to read elsewhere.
+    for (int j = 0; j < f.refined; j++) b.refined_q[j] = product[min2((int)index[j], f.head_dim - 1)] * unit;
     for (int t = 0; t < size; t += 4 * W) { // pages hold 64 or 128 tokens
         vf s0 = vf{}, s1 = vf{}, s2 = vf{}, s3 = vf{};
         for (int j = 0; j < f.refined; j++) {

@@ -82,13 +82,13 @@ def append_paged(
     if packed is not None:
         assert counts is not None  # check_step has looked
         for row, (start, count) in enumerate(zip(packed.starts.tolist(), counts.tolist(), strict=True)):
-            if count:
-                part = slice(start, start + min(count, packed.longest))
-                power = query_power if query_power is None or kv.tail_rows is not None else query_power[row : row + 1]
-                append_paged(
-                    sequences_of(kv, row, row + 1), key[:, :, part], value[:, :, part], when=when,
-                    fault=fault[row : row + 1], window=window, query_power=power, isa=isa,
-                )  # fmt: skip
+            # Also without new tokens: a page that is full by now is written. The kernel wants a token to look past.
+            part = slice(start, start + min(count, packed.longest)) if count else slice(0, 1)
+            power = query_power if query_power is None or kv.tail_rows is not None else query_power[row : row + 1]
+            append_paged(
+                sequences_of(kv, row, row + 1), key[:, :, part], value[:, :, part], when=when,
+                fault=fault[row : row + 1], window=window, counts=counts[row : row + 1], query_power=power, isa=isa,
+            )  # fmt: skip
         return
     if queries is not None and query_power is not None:
         paged.add_step_queries(query_power, queries, kv.tail_rows, counts)

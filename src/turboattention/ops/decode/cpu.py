@@ -20,6 +20,7 @@ def attend(
     causal: bool = True,
     softcap: float | None = None,
     window: int | None = None,
+    split: int | None = None,
     isa: int | None = None,
 ) -> AttentionOutput:
     """`prefill_attention` over pages that `dispatch.without_portable` accepts; the caller has checked the shapes.
@@ -27,6 +28,8 @@ def attend(
     q: float16, bfloat16 or float32 ``[batch, heads, queries, head_dim]`` on the CPU. isa: an instruction set of
     `library.INSTRUCTION_SETS`, at most the processor's; None: the widest.
     Uses as many threads as ``torch.get_num_threads()`` says; the same call gives the same bits for the same number.
+    split: tokens of pages that make a part (up to the next multiple of 256); then a sequence gives the same bits for
+    any number of threads and any others in the batch.
     Returns out like q and lse float32 ``[batch, heads, queries]``.
     """
     batch, heads, queries, dim = q.shape
@@ -55,8 +58,9 @@ def attend(
     lse = torch.empty(batch, heads, queries, dtype=torch.float32)
     arguments = structs.pack(
         structs.Attention,
-        batch, heads, kv.num_kv_heads, queries, dim, int(causal), window or 0, sinks, capacity, scale, softcap or 0.0,
-        pages.buffer_info()[0], lengths.data_ptr(), page_tokens.data_ptr(), 0 if starts is None else starts.data_ptr(),
+        batch, heads, kv.num_kv_heads, queries, dim, int(causal), window or 0, sinks, capacity, split or 0,
+        scale, softcap or 0.0, pages.buffer_info()[0], lengths.data_ptr(), page_tokens.data_ptr(),
+        0 if starts is None else starts.data_ptr(),
         *query, *tail_key, *tail_value, *sink_key, *sink_value, *structs.view_of(out, alive),
         lse.data_ptr(), torch.get_num_threads(), library.loaded().isa if isa is None else isa,
     )  # fmt: skip

@@ -81,12 +81,12 @@ class Request:
 
 def attend(
     q: Tensor, view: KernelView, request: Request, *, gluon: bool, how: str, blocks: int | None = None,
-    out: Tensor | None = None,
+    split: int | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of ``q`` ``[batch, heads, queries, head_dim]`` (the newest tokens) over ``view``.
 
     gluon: the Gluon kernel (one query); how: see `tiles.PortableTile`. blocks: programs of a launch, None: eight for
-    each multiprocessor. out: like q, written instead of a new tensor.
+    each multiprocessor. split: pages of a program instead. out: like q, written instead of a new tensor.
     Returns out like q and lse float32 ``[batch, heads, queries]``.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
@@ -110,13 +110,14 @@ def attend(
                 gluon,
                 how,
                 blocks,
+                split,
             )
     return out, lse
 
 
 def _launch(
     q: Tensor, view: KernelView, group: Group, request: Request, out: Tensor, lse: Tensor, gluon: bool, how: str,
-    blocks: int | None,
+    blocks: int | None, split: int | None,
 ) -> None:  # fmt: skip
     from turboattention.ops.decode.merge import merge_kernel  # needs Triton
 
@@ -130,10 +131,13 @@ def _launch(
         tile = PortableTile.of(group.layout, ratio, queries, len(group.heads), how)
         columns, row_blocks = tile.rows, -(-ratio * queries // tile.rows)
     rows = len(group.heads) * row_blocks
-    # Programs of pages all run at once.
-    blocks = blocks or _multiprocessors(q.device) * tile.resident
     room = group.room if group.table is None else group.table.shape[2]
-    blocks = max(1, min(blocks, room * batch * rows // tile.least_pages))
+    if split is None:
+        # Programs of pages all run at once.
+        blocks = blocks or _multiprocessors(q.device) * tile.resident
+        blocks = programs = max(1, min(blocks, room * batch * rows // tile.least_pages))
+    else:
+        blocks, programs = max(1, -(-room // split)) * batch * rows, -split
     sinks = 0 if view.sink_key is None else view.sink_key.shape[2]
     exact_parts = -(-(view.tail_key.shape[2] + sinks) // tile.exact_tokens)
     grid = blocks + batch * rows * (1 + exact_parts)  # every row has at least one program for its pages
@@ -180,7 +184,7 @@ def _launch(
         assert isinstance(tile, GluonTile)
         decode_kernel[(grid,)](
             q, group.pool.view(torch.int16), *pointers, part, part_lse, q.stride(0), q.stride(1), *places,
-            batch, rows, blocks, window, softcap, scale, tile, **flags, **shape, num_warps=1, maxnreg=tile.registers,
+            batch, rows, programs, window, softcap, scale, tile, **flags, **shape, num_warps=1, maxnreg=tile.registers,
             **early,
         )  # fmt: skip
     else:
@@ -189,13 +193,13 @@ def _launch(
         assert isinstance(tile, PortableTile)
         attend_kernel[(grid,)](
             q, group.pool, *pointers, part, part_lse, q.stride(0), q.stride(1), q.stride(2), *places,
-            batch, rows, blocks, ratio, queries, window, softcap, scale, tile, **flags, **shape, CAUSAL=request.causal,
-            num_warps=tile.num_warps,
+            batch, rows, programs, ratio, queries, window, softcap, scale, tile, **flags, **shape,
+            CAUSAL=request.causal, num_warps=tile.num_warps,
         )  # fmt: skip
     parts = next((size for size in MERGED_PARTS if size > blocks // (batch * rows)), MERGED_PARTS[-1])
     merge_kernel[(batch, len(group.heads) * ratio * queries)](
         part, part_lse, out, lse, view.lengths, view.page_tokens, starts, heads, out.stride(0), out.stride(1),
-        out.stride(2), lse.stride(0), lse.stride(1), batch, rows, ratio, queries, window, blocks,
+        out.stride(2), lse.stride(0), lse.stride(1), batch, rows, ratio, queries, window, programs,
         COLUMNS=columns, DIM=dim, DIM_PADDED=power_of_two(dim), PARTS=parts, EXACT_PARTS=power_of_two(exact_parts),
         PAGE=group.layout.page_size, EXACT=tile.exact_tokens, LEAST=tile.least_pages,
         ROTATE=(dim & -dim) if group.layout.value.rotated else 0, **flags, num_warps=1 if parts <= 8 else 4, **early,

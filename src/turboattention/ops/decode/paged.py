@@ -19,6 +19,7 @@ def paged_decode(
     window: int | None = None,
     implementation: Implementation | None = None,
     programs: int | None = None,
+    split: int | None = None,
 ) -> AttentionOutput:
     """Attention of the newest token of each sequence over its pages, sinks and tail.
 
@@ -29,7 +30,10 @@ def paged_decode(
     and computes the definition over them. The kernels read lengths on the device alone, so that a CUDA graph
     may be replayed with others (call it once before the capture: the first call copies the heads' numbers to the GPU).
     programs: how many share the pages, None: by the GPU's size. The result is the same bit for bit for the same
-    lengths and the same number of programs.
+    lengths and the same number of programs (C++: of threads).
+    split: so many pages make a program (C++: a part) instead, whatever the GPU, the threads and the batch; then each
+    sequence gives the same result bit for bit whatever else is in the batch, for tables of the same width;
+    ``reference`` does so always.
     Returns out like q and lse float32 ``[batch, heads, 1]``. Raises InvalidInputError for shapes that do not fit,
     UnsupportedError for an implementation that can't be had.
     """
@@ -39,8 +43,17 @@ def paged_decode(
         raise invalid("q", expected, f"shape {tuple(q.shape)}")
     if window is not None and window < 1:
         raise invalid("window", "1 or more tokens", window)
+    if split is not None and (split < 1 or programs is not None):
+        raise invalid("split", "1 or more pages, and no programs", f"{split} with programs {programs}")
     if softcap is not None and not softcap > 0:
         raise invalid("softcap", "a positive number", softcap)
     return over_cache(
-        q, kv, scale=scale, softcap=softcap, window=window, implementation=implementation, programs=programs
+        q,
+        kv,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        implementation=implementation,
+        programs=programs,
+        split=split,
     )

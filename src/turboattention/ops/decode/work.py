@@ -6,6 +6,9 @@ and tail) are programs of their own, because only pages are rotated and need the
 first: they run long and should all start at once, so shares are rounded down, but not so far that a program has over
 9/8 of the average, which a ragged batch would wait for. The short programs of exact tokens fill what is left. The
 programs of a row are neighbours, and so are their partial results: program ``i`` writes part ``i``.
+
+With a fixed split (a negative number of programs) a row has one program for so many of its own pages: then its result
+does not depend on the other rows of the launch.
 """
 
 import triton
@@ -39,10 +42,13 @@ def sequence_work(
 def row_programs(exact, pages, all_pages, programs, EXACT: tl.constexpr, LEAST: tl.constexpr):
     """Programs of one row: for its pages, and for its exact tokens.
 
-    all_pages: pages of all rows of the launch, which ``programs`` programs are to share. EXACT: exact tokens of a
-    program. LEAST: a program with fewer pages is not worth the merge.
+    all_pages: pages of all rows of the launch, which ``programs`` programs are to share; negative: pages of a program.
+    EXACT: exact tokens of a program. LEAST: a program with fewer pages is not worth the merge.
     """
-    all_pages = tl.maximum(all_pages, 1)
-    share = tl.maximum(pages * programs // all_pages, (8 * pages * programs + 9 * all_pages - 1) // (9 * all_pages))
-    for_pages = tl.where(pages > 0, tl.maximum(tl.minimum(share, pages // LEAST), 1), 0)
+    if programs < 0:
+        for_pages = (pages - programs - 1) // (0 - programs)
+    else:
+        all_pages = tl.maximum(all_pages, 1)
+        share = tl.maximum(pages * programs // all_pages, (8 * pages * programs + 9 * all_pages - 1) // (9 * all_pages))
+        for_pages = tl.where(pages > 0, tl.maximum(tl.minimum(share, pages // LEAST), 1), 0)
     return for_pages, (exact + EXACT - 1) // EXACT

@@ -23,13 +23,14 @@ def over_cache(
     config: AttentionConfig = PLAIN,
     implementation: Implementation | None = None,
     programs: int | None = None,
+    split: int | None = None,
     out: Tensor | None = None,
 ) -> AttentionOutput:
     """`prefill_attention` by a kernel where one fits, else by the definition; the caller has checked the shapes.
 
-    q: ``[batch, heads, queries, head_dim]``; a sequence of ``kv`` may be empty when not causal. The other arguments as
-    `prefill_attention` and `cached_attention`; programs: see `paged_decode`. out: like q, any strides but that of the
-    channels, written and returned instead of a new tensor.
+    q: ``[batch, heads, queries, head_dim]``; an empty sequence of a paged ``kv`` gives zeros and an lse of -inf. The
+    other arguments as `prefill_attention` and `cached_attention`; programs, split: see `paged_decode`. out: like q, any
+    strides but that of the channels, written and returned instead of a new tensor.
     """
     layouts = tuple(group.layout for group in kv.groups)
     chosen, reason = choose(layouts, q.device, q.dtype, queries=q.shape[2], config=config, wanted=implementation)
@@ -43,7 +44,16 @@ def over_cache(
         rows = [(q, kv)] if isinstance(kv, CachedKV) else [(q[i : i + 1], sequence(kv, i)) for i in range(len(q))]
         found = _joined(
             [
-                prefill_attention(x, row, scale=scale, causal=causal, softcap=softcap, window=window, config=config)
+                # An empty sequence, with which engines fill a batch, has no newest token: it just sees nothing.
+                prefill_attention(
+                    x,
+                    row,
+                    scale=scale,
+                    causal=causal and bool(row.length),
+                    softcap=softcap,
+                    window=window,
+                    config=config,
+                )
                 for x, row in rows
             ],
             0,
@@ -52,20 +62,24 @@ def over_cache(
     if chosen == "cpu":
         from turboattention.ops.decode import cpu  # here, because its package imports this module
 
-        return _into(out, cpu.attend(q, kv, scale=scale, causal=causal, softcap=softcap, window=window))
+        tokens = None if split is None else split * layouts[0].page_size
+        return _into(out, cpu.attend(q, kv, scale=scale, causal=causal, softcap=softcap, window=window, split=tokens))
     from turboattention.ops.decode.launch import QUERY_BLOCK, KernelView, Request, attend  # needs Triton
 
     view = KernelView.of_cached(kv) if isinstance(kv, CachedKV) else KernelView.of_paged(kv)
     request = Request(scale, causal, softcap, window)
     how = code_path(q.device)
     if window is None or causal:
-        return AttentionOutput(*attend(q, view, request, gluon=chosen == "gluon", how=how, blocks=programs, out=out))
+        return AttentionOutput(
+            *attend(q, view, request, gluon=chosen == "gluon", how=how, blocks=programs, split=split, out=out)
+        )
     parts, left = [], q.shape[2]
     # Without causal all queries of a launch read the whole cache, and its window counts back from the last of them.
     for part in q.split(QUERY_BLOCK, 2):
         left -= part.shape[2]
         of_part = replace(request, window=window + left)
-        parts.append(AttentionOutput(*attend(part, view, of_part, gluon=chosen == "gluon", how=how, blocks=programs)))
+        pair = attend(part, view, of_part, gluon=chosen == "gluon", how=how, blocks=programs, split=split)
+        parts.append(AttentionOutput(*pair))
     return _into(out, _joined(parts, 2))
 
 

@@ -46,7 +46,8 @@ def prefill_attention(
     scale: factor of the scores, ``head_dim ** -0.5`` when None. softcap: ``cap * tanh(score / cap)`` when given.
     window: a token sees only that many last tokens, itself included; not causal, it is counted from the same place.
     form: ``folded`` multiplies codes and keeps scales outside; ``expanded`` dequantises first. They agree to rounding.
-    Rows that see nothing (padding) give zeros and an lse of -inf. Computes in float32 (float64 for float64 q).
+    Rows that see nothing (padding), and queries that hold NaN or infinity, give zeros and an lse of -inf. Computes in
+    float32 (float64 for float64 q).
     Raises InvalidInputError for shapes that do not fit.
     """
     check_queries(q, kv, causal)
@@ -68,7 +69,8 @@ def prefill_attention(
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, rows if mask.shape[1] > 1 else slice(None)], -torch.inf)
         outs.append(source.values(_probabilities(scores, config)))
-        lses.append(torch.logsumexp(scores, -1))
+        lse = torch.logsumexp(scores, -1)
+        lses.append(lse.where(lse < torch.inf, -torch.inf))  # of a query that is no number: as the kernels do
     out = torch.cat(outs, 3).flatten(1, 2).to(q.dtype)
     return AttentionOutput(out, torch.cat(lses, 3).flatten(1, 2).float())
 
