@@ -4,7 +4,6 @@
 """
 
 import io
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -122,12 +121,12 @@ class CacheMachine(RuleBasedStateMachine):
             if self.batch > 2:
                 return
             rows = [row for row in rows for _ in range(2)]
-            change: Callable[[Tensor], Tensor] = lambda x: x.repeat_interleave(2, 0)  # noqa: E731
         else:
             least, most = (len(rows), len(rows)) if kind == "reorder" else (1, 2)
             rows = data.draw(st.lists(st.sampled_from(rows), min_size=least, max_size=most))
-            change = lambda x: x[torch.tensor(rows, device=x.device)]  # noqa: E731
-        self.cache.map_batch(change)
+        self.cache.map_batch(
+            lambda x: x.repeat_interleave(2, 0) if kind == "repeat" else x[torch.tensor(rows, device=x.device)]
+        )
         self.plain.map(rows)
         self.batch, self.verified = len(rows), 0
 

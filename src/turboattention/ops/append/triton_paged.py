@@ -104,7 +104,7 @@ def _launch(
     observed = queries if power is not None else None
     chunk_pages = 0 if when == "before" else n // spec.page_size
     # With 128 registers twice as many programs run at once: one H200, 8 heads of 128, 8,192 tokens: turbo4 takes 200
-    # instead of 215 us, turbo2 313 instead of 380. A decode step has too few programs for that.
+    # instead of 215 us, turbo2 313 instead of 380 (throw-away script). A decode step has too few programs for that.
     many = n > 1 and spec.num_warps == 4 and key.is_cuda and torch.version.hip is None
     limit = {"maxnreg": 128} if many else {}
     append_kernel[(1 + chunk_pages, len(group.heads), batch)](
