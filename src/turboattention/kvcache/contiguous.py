@@ -1,6 +1,7 @@
 """The cache of one layer: compressed pages, oldest first, then the open page; all sequences of a batch equally long."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class LayerCache:
     def append(self, key: Tensor, value: Tensor) -> None:
         """Add tokens ``[batch, kv_heads, tokens, head_dim]`` (K after RoPE), whatever their number.
 
-        Raises InvalidInputError for a wrong shape, NaN, Inf or values beyond the storage dtype; nothing is added then.
+        Raises InvalidInputError for a wrong shape, NaN, Inf or values beyond the storage dtype; nothing is added then,
+        nor when memory ends (torch.OutOfMemoryError): the same call may be tried again.
         """
         check_heads("key", key, heads=len(self.formats))
         check_heads("value", value, heads=len(self.formats), head_dim=key.shape[-1])
@@ -86,10 +88,11 @@ class LayerCache:
             return
         page = self._new_open_page(key.dtype) if self.open is None else self.open
         key, value = page.checked("key", key), page.checked("value", value)
-        self.commit()
-        self.open = page
-        page.append(key, value)
-        self.latest = key.shape[2]
+        with self._all_or_nothing():
+            self.commit()
+            self.open = page
+            page.append(key, value)
+            self.latest = key.shape[2]
 
     def set_padding(self, starts: Tensor | None) -> None:
         """Number of left-padding tokens of each row, int64 ``[batch]``: never attended to, no part of a range."""
@@ -129,15 +132,17 @@ class LayerCache:
 
     def settle(self) -> None:
         """Compress the full pages that the next step can no longer take back."""
-        self._compress(keep=max(self.config.recent_window, min(self.latest, ROLLBACK_TOKENS)))
+        with self._all_or_nothing():
+            self._compress(keep=max(self.config.recent_window, min(self.latest, ROLLBACK_TOKENS)))
 
     def commit(self) -> None:
         """All tokens are final: compress every full page older than the recent window."""
         if self.open is None or not self.open.tensors:
             return
-        self._compress(keep=self.config.recent_window)
-        self.open.settle()
-        self.latest = 0
+        with self._all_or_nothing():
+            self._compress(keep=self.config.recent_window)
+            self.open.settle()
+            self.latest = 0
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens. What `observe` saw of the others stays in the statistics.
@@ -150,16 +155,16 @@ class LayerCache:
             return
         if self.open is None:
             return
-        size = self.config.page_size
-        removed = self.length - length
-        if length < self.page_tokens:
-            self.open.drop_last(self.open.tokens)
-            self.page_count = length // size
-            self.groups = [HeadGroup(g.layout, g.heads, g.pages[:, :, : self.page_count].clone()) for g in self.groups]
-            self.checksums = [sums[:, :, : self.page_count].clone() for sums in self.checksums]
-        else:
-            self.open.drop_last(removed)
-        self.latest = max(0, self.latest - removed)
+        removed, pages = self.length - length, length // self.config.page_size
+        with self._all_or_nothing():
+            if length < self.page_tokens:
+                self.open.drop_last(self.open.tokens)
+                self.page_count = pages
+                self.groups = [HeadGroup(g.layout, g.heads, g.pages[:, :, :pages].clone()) for g in self.groups]
+                self.checksums = [sums[:, :, :pages].clone() for sums in self.checksums]
+            else:
+                self.open.drop_last(removed)
+            self.latest = max(0, self.latest - removed)
 
     def check_crop(self, length: int) -> None:
         """Raise what ``crop(length)`` would raise."""
@@ -176,16 +181,17 @@ class LayerCache:
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` (select, reorder or repeat rows: dimension 0) to everything held."""
-        self.groups = [HeadGroup(g.layout, g.heads, change(g.pages)) for g in self.groups]
-        self.checksums = [change(sums) for sums in self.checksums]
-        if self.open is not None:
-            self.open.map(change)
-        if self.sink_key is not None and self.sink_value is not None:
-            self.sink_key, self.sink_value = change(self.sink_key), change(self.sink_value)
-        if self.starts is not None:
-            self.starts = change(self.starts)
-        if self.query_power is not None:
-            self.query_power = change(self.query_power)
+        with self._all_or_nothing():
+            self.groups = [HeadGroup(g.layout, g.heads, change(g.pages)) for g in self.groups]
+            self.checksums = [change(sums) for sums in self.checksums]
+            if self.open is not None:
+                self.open.map(change)
+            if self.sink_key is not None and self.sink_value is not None:
+                self.sink_key, self.sink_value = change(self.sink_key), change(self.sink_value)
+            if self.starts is not None:
+                self.starts = change(self.starts)
+            if self.query_power is not None:
+                self.query_power = change(self.query_power)
 
     @property
     def nbytes(self) -> int:
@@ -220,7 +226,11 @@ class LayerCache:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned from a cache with the same configuration."""
+        """Take over what `state` returned from a cache with the same configuration; nothing where that fails."""
+        with self._all_or_nothing():
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.reset()
         self.page_count, self.latest = state["page_count"], state["latest"]
         self.sink_key, self.sink_value, self.starts = state["sink_key"], state["sink_value"], state["starts"]
@@ -240,6 +250,19 @@ class LayerCache:
         if self.integrity != "off":
             # Of a cache that kept none: what is here now counts as written.
             self.checksums = list(state.get("checksums", ())) or [checksum(group.pages) for group in self.groups]
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What an error (memory that ends) leaves behind is what was there before: no tensor is changed in place."""
+        before, page = dict(vars(self)), self.open
+        tensors = {} if page is None else dict(page.tensors)
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            if page is not None:
+                page.tensors = tensors
+            raise
 
     def _new_open_page(self, dtype: torch.dtype) -> OpenPage:
         stored = torch.float16 if self.compresses and dtype.itemsize > 2 else dtype
@@ -307,8 +330,10 @@ class LayerCache:
                 (with_bits(k, bits) if h in low[0] else k, with_bits(v, bits) if h in low[1] else v)
                 for h, (k, v) in enumerate(formats)
             ]
+        groups = []
         for pair in dict.fromkeys(formats):
             heads = tuple(h for h, other in enumerate(formats) if other == pair)
             layout = self._layout(pair)
             pages = torch.empty(key.shape[0], len(heads), 0, layout.nbytes, dtype=torch.uint8, device=key.device)
-            self.groups.append(HeadGroup(layout, heads, pages))
+            groups.append(HeadGroup(layout, heads, pages))
+        self.groups = groups

@@ -10,6 +10,7 @@ from turboattention.config import CacheConfig, TensorFormat, check_choice
 from turboattention.errors import InvalidInputError, UnsupportedError, invalid
 from turboattention.kvcache.integrity import INTEGRITIES, Integrity, PoolChecksums, raise_for
 from turboattention.ops.append import When, add_query_power, advance, paged_append_for, tail_capacity
+from turboattention.ops.append.paged import check_step
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
 from turboattention.quant.layout import PageLayout
 
@@ -90,26 +91,30 @@ class PagedCache:
 
         ``before`` (decode) compresses what was there before, ``after`` (a chunk of a prompt) the new tokens as well;
         in both cases all but the recent window. A row with ``counts`` 0 gets nothing.
-        Raises InvalidInputError for shapes; bad values and a full table set bits of ``fault``, see `check`.
+        Raises InvalidInputError for shapes; bad values and a full table set bits of ``fault``, see `check`. When memory
+        ends (torch.OutOfMemoryError) nothing is added; only checksums may fail after it, which `verify` then finds.
         """
-        self._append(
-            self.view(), key, value, when=when, fault=self.fault, window=self.config.recent_window, counts=counts,
-            rope=rope, query_power=self.query_power,
+        size, window = self.config.page_size, self.config.recent_window
+        view = self.view()
+        check_step(
+            view, key, value, when=when, fault=self.fault, window=window, counts=counts, rope=rope,
+            query_power=self.query_power,
         )  # fmt: skip
+        # All that needs memory comes before what changes the cache.
         lengths, page_tokens = advance(
-            self.lengths,
-            self.page_tokens,
-            key.shape[2],
-            when=when,
-            page_size=self.config.page_size,
-            window=self.config.recent_window,
-            counts=counts,
+            self.lengths, self.page_tokens, key.shape[2], when=when, page_size=size, window=window, counts=counts
         )
-        for sums in self._checksums:
-            sums.written(self.page_tokens // self.config.page_size, page_tokens // self.config.page_size)
+        pages = (self.page_tokens // size, page_tokens // size) if self._checksums else None
+        self._append(
+            view, key, value, when=when, fault=self.fault, window=window, counts=counts, rope=rope,
+            query_power=self.query_power,
+        )  # fmt: skip
         # In place, because captured graphs read these tensors.
         self.lengths.copy_(lengths)
         self.page_tokens.copy_(page_tokens)
+        if pages is not None:
+            for sums in self._checksums:
+                sums.written(*pages)
 
     def observe(self, q: Tensor, counts: Tensor | None = None) -> None:
         """See the queries ``[rows, heads, n, head_dim]`` of the newest tokens: they tell where K matters.

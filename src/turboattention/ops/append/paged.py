@@ -79,6 +79,10 @@ def append_paged(
     value = value.to(stored)
     size, capacity = kv.groups[0].layout.page_size, kv.tail_key.shape[2]
     sinks = 0 if kv.sink_key is None else kv.sink_key.shape[2]
+    # Pages are written at once, because nothing reads them yet; exact tokens, which the step reads, when all that needs
+    # memory is done: a step that fails can be taken again.
+    found: list[int] = fault.tolist()
+    exact: list[tuple[Tensor, Tensor, Tensor]] = []
     for row, (length, paged) in enumerate(zip(kv.lengths.tolist(), kv.page_tokens.tolist(), strict=True)):
         start, most = (0, key.shape[2]) if packed is None else (int(packed.starts[row]), packed.longest)
         count = most if counts is None else min(int(counts[row]), most)
@@ -86,7 +90,7 @@ def append_paged(
         stop = max(0, (length if when == "before" else end) - window) // size
         new_key, new_value = (x[row if packed is None else 0, :, start : start + count] for x in (key, value))
         if not bool(new_key.isfinite().all() and new_value.isfinite().all()):
-            fault[row] |= NOT_FINITE
+            found[row] |= NOT_FINITE
         for page in range(paged // size, stop):
             columns = torch.arange(page * size, (page + 1) * size, device=key.device)
             old, fresh = columns[columns < length] % capacity, columns[columns >= length] - length
@@ -96,14 +100,17 @@ def append_paged(
             ]
             power = None if query_power is None else query_power[row]
             for group in kv.groups:
-                fault[row] |= _store_page(group, row, page, tokens[0], tokens[1], columns >= sinks, power)
+                found[row] |= _store_page(group, row, page, tokens[0], tokens[1], columns >= sinks, power)
         columns = torch.arange(max(length, paged, stop * size), end, device=key.device)
-        kv.tail_key[row][:, columns % capacity] = new_key[:, columns - length]
-        kv.tail_value[row][:, columns % capacity] = new_value[:, columns - length]
-        if kv.sink_key is not None and kv.sink_value is not None and length < sinks:
-            last = min(end, sinks)
-            kv.sink_key[row, :, length:last] = new_key[:, : last - length]
-            kv.sink_value[row, :, length:last] = new_value[:, : last - length]
+        for tail, sink, new in ((kv.tail_key, kv.sink_key, new_key), (kv.tail_value, kv.sink_value, new_value)):
+            exact.append((tail[row], columns % capacity, new[:, columns - length]))
+            if sink is not None and length < sinks:
+                first = torch.arange(length, min(end, sinks), device=key.device)
+                exact.append((sink[row], first, new[:, first - length]))
+    bits = torch.tensor(found, dtype=fault.dtype, device=fault.device)
+    for part, slots, new in exact:
+        part[:, slots] = new
+    fault.copy_(bits)
 
 
 def _store_page(

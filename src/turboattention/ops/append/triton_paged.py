@@ -50,8 +50,11 @@ def append_paged(
     for group in kv.groups:
         if reason := supports(group.layout):
             raise UnsupportedError(reason)
-    for group in kv.groups:
-        _launch(group, kv, key, value, when, fault, window, counts, rope, query_power, queries, packed)
+    # Before any group is written: a step that fails for want of memory can be taken again.
+    every = tuple(range(kv.tail_key.shape[1]))
+    heads = [None if group.heads == every else _head_numbers(group.heads, key.device) for group in kv.groups]
+    for group, numbers in zip(kv.groups, heads, strict=True):
+        _launch(group, numbers, kv, key, value, when, fault, window, counts, rope, query_power, queries, packed)
 
 
 def _check_strides(kv: PagedKV, key: Tensor, value: Tensor, rope: tuple[Tensor, Tensor] | None) -> None:
@@ -81,6 +84,7 @@ def _head_numbers(heads: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _launch(
     group: PagedGroup,
+    heads: Tensor | None,
     kv: PagedKV,
     key: Tensor,
     value: Tensor,
@@ -97,7 +101,6 @@ def _launch(
     n = key.shape[2] if packed is None else packed.longest
     new = [x.stride() if packed is None else (0, *x.stride()[1:]) for x in (key, value)]
     spec = page_spec(group.layout)
-    every = group.heads == tuple(range(kv_heads))
     sinks = kv.sink_key
     cos, sin = rope or (None, None)
     power = query_power if spec.refined else None
@@ -109,7 +112,7 @@ def _launch(
     limit = {"maxnreg": 128} if many else {}
     append_kernel[(1 + chunk_pages, len(group.heads), batch)](
         key, value, cos, sin, counts, kv.tail_key, kv.tail_value, sinks, kv.sink_value, group.pool, group.table,
-        None if every else _head_numbers(group.heads, key.device),
+        heads,
         kv.lengths, kv.page_tokens, kv.tail_rows, kv.sink_rows if sinks is not None else None,
         power, observed, fault, None if packed is None else packed.starts,
         n, window, kv.tail_key.shape[2], kv_heads, group.table.shape[2], group.pool.shape[0],
