@@ -9,6 +9,7 @@ In an environment of its own, because vLLM pins torch and much else:
 """
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,26 @@ def started(folder: Path | None = None, policy: str = "turbo4", **more: Any) -> 
     return vllm.LLM(model=str(model_folder() if folder is None else folder), **options(policy, **more))
 
 
+def plugin_environment(folder: Path) -> dict[str, str]:
+    """Variables with which processes of vLLM find our plugin as a user's do, by an entry point: one of the CPU slot.
+
+    folder: a new one, gets the entry point, and the folder of the metrics that all processes share.
+    """
+    described = folder / "turbo_cpu-0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: turbo-cpu\nVersion: 0\n")
+    (described / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nturbo_cpu = turboattention.integrations.vllm.plugin:register_for_cpu\n"
+    )
+    metrics = folder / "metrics"
+    metrics.mkdir()
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {
+        **os.environ, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics), "VLLM_HOST_IP": "127.0.0.1",
+    }  # fmt: skip
+
+
 def answers(engine: Any, prompts: list[list[int]], new: int) -> list[Any]:
     """Greedy answers of ``new`` tokens."""
     import vllm
@@ -108,5 +129,5 @@ def tokens(found: list[Any]) -> list[list[int]]:
 
 __all__ = [
     "NEEDS", "TIE", "Answer", "answers", "check", "expected_of", "load_model", "model_folder", "options",
-    "random_llama", "started", "tokens",
+    "plugin_environment", "random_llama", "started", "tokens",
 ]  # fmt: skip

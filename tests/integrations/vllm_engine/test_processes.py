@@ -4,7 +4,6 @@ The processes find our plugin as a user's do, by an entry point; here it is one 
 """
 
 import json
-import os
 import random
 import signal
 import socket
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import NEEDS, check, expected_of, model_folder, options, random_llama
+from engines import NEEDS, check, expected_of, model_folder, options, plugin_environment, random_llama
 
 from turboattention.monitoring.scrape import totals
 
@@ -42,19 +41,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("plugin")
-    described = folder / "turbo_cpu-0.dist-info"
-    described.mkdir()
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: turbo-cpu\nVersion: 0\n")
-    (described / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nturbo_cpu = turboattention.integrations.vllm.plugin:register_for_cpu\n"
-    )
-    metrics = tmp_path_factory.mktemp("metrics")
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {
-        **os.environ, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "PROMETHEUS_MULTIPROC_DIR": str(metrics), "VLLM_HOST_IP": "127.0.0.1",
-    }  # fmt: skip
+    return plugin_environment(tmp_path_factory.mktemp("plugin"))
 
 
 @pytest.fixture(scope="module")

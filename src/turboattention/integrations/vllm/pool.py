@@ -39,13 +39,22 @@ class OpenPages:
         device: torch.device,
         capacity: int = PAGE_TOKENS,
     ) -> "OpenPages":
-        """Zeros; float16 for models in float32, as pages round anyway."""
+        """Zeros; float16 for models in float32, as pages round anyway.
+
+        Raises torch.OutOfMemoryError that says how much was wanted and what to lower.
+        """
         stored = dtype if dtype.itemsize == 2 else torch.float16
         shape = (rows, kv_heads, capacity, layout.head_dim)
-        key, value = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
-        power = None
-        if layout.key.refined_channels(layout.head_dim):
-            power = torch.zeros(rows, kv_heads, layout.head_dim, dtype=torch.float32, device=device)
+        refines = bool(layout.key.refined_channels(layout.head_dim))
+        try:
+            key, value = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
+            power = torch.zeros(rows, kv_heads, layout.head_dim, device=device) if refines else None
+        except torch.OutOfMemoryError as error:
+            wanted = rows * kv_heads * layout.head_dim * (2 * stored.itemsize * capacity + 4 * refines)
+            raise torch.OutOfMemoryError(
+                f"open pages of a layer: expected {wanted / 2**20:.1f} MiB for {rows} rows of {capacity} tokens, "
+                f"received no memory ({error}); lower --max-num-seqs, or free memory of the device"
+            ) from error
         return cls(layout, key, value, power)
 
     @property
