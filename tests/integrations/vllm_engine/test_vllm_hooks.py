@@ -2,24 +2,27 @@
 
 import dataclasses
 import inspect
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 from engines import NEEDS
+from hooks import MEMBERS, SIGNATURES, differences
 
 pytest.importorskip("vllm", reason=NEEDS)
 
-from vllm.config import get_layers_from_vllm_config
+import vllm
+from vllm.v1.attention import backend
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
-    AttentionType,
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends import registry
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVQuantMode
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from turboattention.integrations.vllm.backend import CpuTurboAttentionBackend, TurboAttentionBackend
 from turboattention.integrations.vllm.impl import TurboAttentionImpl
@@ -30,20 +33,39 @@ def parameters(function: Any) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
+def test_names_in_the_source() -> None:
+    """Of the installed vLLM; for CPUs it is one release behind and has no KV dtypes of plugins yet."""
+    assert differences(Path(vllm.__file__).parent.parent, gpu=False) == []
+
+
+def test_a_change_of_the_source_is_named(tmp_path: Path) -> None:
+    text = Path(backend.__file__).read_text()
+    for old, new in (
+        ("    slot_mapping: torch.Tensor", "    slots: torch.Tensor"),
+        ("common_prefix_len: int", "prefix_len: int"),
+        ("def get_name() -> str:", "def get_name() -> str: ...\n\n    @abstractmethod\n    def get_more() -> str:"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    changed = tmp_path / "vllm" / "v1" / "attention" / "backend.py"
+    changed.parent.mkdir(parents=True)
+    changed.write_text(text)
+    found = [line.partition(":")[2] for line in differences(tmp_path) if line.startswith(f"{backend.__name__}:")]
+    assert len(found) == 3
+    assert "CommonAttentionMetadata: no slot_mapping" in found
+    assert "AttentionBackend: a new abstract method get_more" in found
+    assert any(line.startswith("AttentionMetadataBuilder.build: expected arguments") for line in found)
+    assert "vllm.config: no get_current_vllm_config" in differences(tmp_path)  # that file is not there
+
+
 def test_signatures() -> None:
-    for function, expected in (
-        (AttentionImpl.forward, "layer query key value kv_cache attn_metadata output output_scale output_block_scale"),
-        (AttentionImpl.__init__, "num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype "
-                                 "logits_soft_cap attn_type kv_sharing_target_layer_name"),
-        (AttentionMetadataBuilder.__init__, "kv_cache_spec layer_names vllm_config device"),
-        (AttentionMetadataBuilder.build, "common_prefix_len common_attn_metadata fast_build"),
-        (AttentionMetadataBuilder.build_for_cudagraph_capture, "common_attn_metadata"),
-        (AttentionMetadataBuilder.get_cudagraph_support, "vllm_config kv_cache_spec"),
-        (AttentionBackend.customize_spec, "spec"),
-        (AttentionBackend.get_supported_kernel_block_sizes, "kv_cache_spec"),
-        (get_layers_from_vllm_config, "vllm_config layer_type layer_names"),
-    ):  # fmt: skip
-        assert parameters(function) == expected.split(), function.__qualname__
+    """As Python has them, which decorators may change."""
+    for place, expected in SIGNATURES.items():
+        module, _, name = place.partition(":")
+        found: Any = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert parameters(found) == expected.split(), place
     assert parameters(registry.register_backend)[:2] == ["backend", "class_path"]
 
 
@@ -61,15 +83,8 @@ def test_what_must_be_ours() -> None:
 
 
 def test_fields_that_are_read() -> None:
-    common = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
-    assert {
-        "query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "num_reqs",
-        "num_actual_tokens", "block_table_tensor", "req_idx", "is_prefilling",
-    } <= common  # fmt: skip
-    spec = {field.name for field in dataclasses.fields(AttentionSpec)}
-    assert {"block_size", "num_kv_heads", "head_size", "dtype", "kv_quant_mode", "state_content_bytes"} <= spec
-    assert {"LBHNC"} <= {layout.name for layout in KVCacheLayout}
-    assert {"NONE"} <= {mode.name for mode in KVQuantMode}
-    assert {"ALWAYS", "UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE", "NEVER"} == {x.name for x in AttentionCGSupport}
-    assert AttentionType.DECODER
+    for fields in (CommonAttentionMetadata, AttentionSpec):
+        expected = MEMBERS[f"{fields.__module__}:{fields.__name__}"]
+        assert set(expected.split()) <= {field.name for field in dataclasses.fields(fields)}
+    assert {x.name for x in AttentionCGSupport} == set(MEMBERS[f"{backend.__name__}:AttentionCGSupport"].split())
     assert registry.AttentionBackendEnum.CPU_ATTN
