@@ -14,7 +14,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +27,6 @@ pytest.importorskip("vllm", reason=NEEDS)
 
 SECONDS = 400  # for a start, on shared cores
 SOON = 60  # from the kill to the end of everything
-MARK = "TURBO_TEST_OF"  # a variable that every process of a server inherits
 TIE = 0.2  # as in the soak, of the same model at the same bits
 CLIENTS, NEW = 12, 150
 
@@ -46,14 +44,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def processes(mark: str) -> dict[int, str]:
-    """Names of the living processes that inherited the mark, by number."""
+def processes(session: int) -> dict[int, str]:
+    """Titles of the living processes of a session, by number. Their variables would not do: titles overwrite them."""
     found = {}
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+            state, _, _, of = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
                 found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:  # it has ended
+        except (OSError, ValueError):  # it has ended, or is no process
             continue
     return found
 
@@ -62,8 +61,7 @@ class Server:
     """vLLM's server with our plugin in the CPU slot."""
 
     def __init__(self, model: Path, environment: dict[str, str], port: int, ranks: int, log: Path) -> None:
-        self.mark, self.log, self.url = uuid.uuid4().hex, log, f"http://127.0.0.1:{port}"
-        self.model = str(model)
+        self.model, self.log, self.url = str(model), log, f"http://127.0.0.1:{port}"
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, "--host", "127.0.0.1",
             "--port", str(port), "--dtype", "float32", "--kv-cache-dtype", "fp8", "--enforce-eager", "--block-size",
@@ -73,7 +71,7 @@ class Server:
         bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {}
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                command, env={**environment, **bind, MARK: self.mark}, stdout=file, stderr=subprocess.STDOUT
+                command, env={**environment, **bind}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
         end = time.monotonic() + SECONDS
         while True:
@@ -99,10 +97,13 @@ class Server:
         return choice["token_ids"], [x[0] - x[1] if len(x) > 1 else 0.0 for x in best]
 
     def end(self) -> None:
-        """Of everything that is left."""
-        for number in processes(self.mark):
-            os.kill(number, signal.SIGKILL)
-        self.process.wait()
+        """Of everything that is left; what tracks shared memory ends last and removes it."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(SOON)
+        for number, title in processes(self.process.pid).items():
+            if "resource_tracker" not in title:
+                os.kill(number, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_sigkill_under_load(start: Any, ranks: int, victim: str):
         clients = [pool.submit(client, number) for number in range(CLIENTS)]
         while whole[0] < CLIENTS:
             time.sleep(0.1)
-        number = max(n for n, name in processes(first.mark).items() if victim in name)
+        number = max(n for n, name in processes(first.process.pid).items() if victim in name)
         os.kill(number, signal.SIGKILL)
         begin = time.monotonic()
         for one in clients:
@@ -161,7 +162,7 @@ def test_sigkill_under_load(start: Any, ranks: int, victim: str):
         answered = time.monotonic() - begin
     assert errors
     assert first.process.wait(SOON) is not None
-    while (left := processes(first.mark)) and time.monotonic() < begin + SOON:
+    while (left := processes(first.process.pid)) and time.monotonic() < begin + SOON:
         time.sleep(0.2)
     assert not left
     print(f"{victim} of {ranks}: {whole[0]} whole answers; clients had an error after {answered:.1f} s, all processes "
