@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from turboattention.errors import UnsupportedError
 from turboattention.integrations.vllm.chunks import attend_chunks
 from turboattention.integrations.vllm.drafts import Drafts, append_drafts, tail_capacity
+from turboattention.integrations.vllm.integrity import BlockChecksums
 from turboattention.integrations.vllm.metadata import Lengths, TurboMetadata, draft_tokens, pool_rows
 from turboattention.integrations.vllm.pool import OpenPages
 from turboattention.integrations.vllm.settings import (
@@ -18,6 +19,7 @@ from turboattention.integrations.vllm.settings import (
     check_model,
     page_layout,
     remember,
+    resolve_integrity,
     resolve_policy,
 )
 from turboattention.ops.append import paged_append_for
@@ -70,6 +72,10 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
         self.pages = OpenPages.allocate(
             layout, pool_rows(config), num_kv_heads, torch.get_default_dtype(), device, capacity
         )
+        every = resolve_integrity(config.additional_config)
+        if every and device.type == "cuda" and not config.model_config.enforce_eager:
+            raise UnsupportedError("integrity: pages can't be verified in CUDA graphs; add --enforce-eager")
+        self.checksums = BlockChecksums(layout.nbytes, every) if every else None
         self._append = paged_append_for([layout], device)
         if device.type == "cuda":
             from turboattention.ops.decode.launch import heads_tensor  # needs Triton
@@ -92,6 +98,8 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
         if attn_metadata is None:  # a profiling run
             return output.zero_()
         meta = attn_metadata
+        if self.checksums is not None:
+            self.checksums.verify(str(getattr(layer, "layer_name", "layer")), kv_cache, meta)
         if meta.copies is not None and self.pages.power is not None:
             self._copy_statistics(*meta.copies)
         before = None
@@ -112,6 +120,8 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
             attend_chunks(
                 query[part], key[part], value[part], before, meta, self.scale, self.policy.attention, output[part]
             )  # fmt: skip
+        if self.checksums is not None:
+            self.checksums.written(kv_cache, meta)
         if meta.watch is not None:
             meta.watch.look(str(layer.layer_name), self, query, key, value, kv_cache, meta, output)
         return output

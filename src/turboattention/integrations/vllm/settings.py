@@ -15,6 +15,7 @@ from turboattention.policy import ModelShape, Policy
 from turboattention.quant.layout import PageLayout
 
 PAGE_TOKENS = 64  # of a kernel block
+INTEGRITY_STEPS = 16  # between two verifications of checksums, a debug mode
 SECTION = "turboattention"  # of vLLM's --additional-config
 DTYPES = ("turbo_int4", "turbo_k4v2", "turbo_int2")
 
@@ -71,10 +72,21 @@ def resolve_watch(additional_config: object) -> WatchSettings | None:
     return None if given is None else WatchSettings.of(given)
 
 
+def resolve_integrity(additional_config: object) -> int:
+    """Steps from one verification of the pages' checksums to the next (``additional_config``), 0 without them.
+
+    ``true`` means INTEGRITY_STEPS. Raises InvalidInputError for anything but that and a number.
+    """
+    given = _section(additional_config).get("integrity", False)
+    if not isinstance(given, int) or given < 0:
+        raise invalid(f"additional-config {SECTION!r} integrity", "true, or a number of steps", repr(given))
+    return INTEGRITY_STEPS * given if isinstance(given, bool) else given
+
+
 def _section(additional_config: object) -> Mapping[str, Any]:
     section: Any = additional_config.get(SECTION, {}) if isinstance(additional_config, Mapping) else {}
-    if not isinstance(section, Mapping) or set(section) - {"policy", "watch"}:
-        expected = '{"policy": preset or file, "watch": settings of a watch}, both optional'
+    if not isinstance(section, Mapping) or set(section) - {"policy", "watch", "integrity"}:
+        expected = '{"policy": preset or file, "watch": settings of a watch, "integrity": true}, all optional'
         raise invalid(f"additional-config {SECTION!r}", expected, section)
     return section
 
