@@ -10,6 +10,7 @@ Tokens are compared up to the first near tie of the reference, and how many were
 ngram  greedy tokens with drafts, with CUDA graphs and without, against none; drafts taken and rejected are counted
 soak   REQUESTS requests with shared beginnings, little memory and aborts, against quiet runs; all blocks free after it
 skip   layers 0 and 2 left to FlashAttention, against vLLM's own 16-bit cache
+ranks  two tensor-parallel ranks against one (two GPUs, the plugin installed; not part of all)
 """
 
 import argparse
@@ -42,11 +43,14 @@ ENGINES: dict[str, dict[str, Any]] = {
         "speculative_config": NGRAM,
     },
     "alone": {"enable_prefix_caching": False},
+    "two ranks": {"tensor_parallel_size": 2},
+    "two ranks bf16": {"tensor_parallel_size": 2, "kv_cache_dtype": "auto"},
 }  # fmt: skip
 CHECKS = {
     "ngram": {"plain": "bf16", "ngram": "plain", "ngram eager": "plain"},
     "soak": {"soak": "alone", "soak ngram": "alone"},
     "skip": {"skip": "bf16"},
+    "ranks": {"two ranks": "plain", "two ranks bf16": "bf16"},
 }
 
 
@@ -239,7 +243,7 @@ def main() -> int:
     if given.verb == "one":
         print("ROW " + json.dumps(work(given.name, given.model, given.requests)), flush=True)
         return 0
-    return run(list(CHECKS) if given.verb == "all" else [given.verb], given)
+    return run([verb for verb in CHECKS if verb != "ranks"] if given.verb == "all" else [given.verb], given)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
     python benchmarks/vllm_serving.py check                                    # right tokens, on a small random model
     python benchmarks/vllm_serving.py measure --kv turbo_int4 --kv auto --kv fp8 --out benchmarks/results/vllm_h100.csv
     python benchmarks/vllm_serving.py fill --kv turbo_int4 --kv auto --kv fp8 --requests 512 --out FILE
+    python benchmarks/vllm_serving.py measure --kv turbo_int4 --layers 32 --ranks 2 --long 4 --out FILE   # two GPUs
 
 ``measure`` starts an engine for each KV dtype in a process of its own: random weights in the shape of a Llama,
 REQUESTS prompts of TOKENS random tokens, all at once. Time per output token is (time of 65 tokens - time of 1 token) /
 64 of the whole job, so it includes the steps where prompts and answers mix; a decode step, in which all requests get a
 token and none is a prompt, is (time of 129 tokens - time of 65) / 64; prefill is all prompt tokens over the time of 1
 token. Medians of RUNS runs. ``fill`` is one job of as many requests as fit, at most REQUESTS, and NEW tokens for each:
-all tokens, of prompts and answers, over its time. With --watch the engine checks that share of steps. Versions and card
-are in every row. Without vLLM's entry points (a source tree on PYTHONPATH) the plugin registers itself here.
+all tokens, of prompts and answers, over its time. With --watch the engine checks that share of steps, with --ranks it
+is split over so many GPUs (the plugin must be installed: ranks are processes that find it by its entry point), with
+--long the same engine gives a second row: so many requests of 131,072 tokens, one run. Versions and card are in every
+row. Without vLLM's entry points (a source tree on PYTHONPATH) the plugin registers itself here.
 """
 
 import argparse
@@ -23,15 +26,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 OUTPUT = 65
+LONG = 131072
 COLUMNS = (
     "kv", "device", "vllm", "torch", "layers", "requests", "prompt_tokens", "runs", "tpot_ms", "tpot_all_ms",
     "prefill_tokens_per_s", "prefill_all", "kv_tokens", "kv_bytes", "load_s", "graphs", "date", "failure",
-    "step_ms", "step_all_ms", "watch", "new_tokens", "tokens_per_s",
+    "step_ms", "step_all_ms", "watch", "new_tokens", "tokens_per_s", "ranks",
 )  # fmt: skip
 OURS = ("turbo_int4", "turbo_k4v2", "turbo_int2")
 
@@ -72,8 +77,8 @@ def generate(llm: Any, prompts: list[list[int]], tokens: int, logprobs: int | No
     return found
 
 
-def measure_one(kv: str, given: argparse.Namespace) -> dict[str, Any]:
-    """The row of one KV dtype."""
+def measure_one(kv: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of one KV dtype."""
     import torch
     import vllm
 
@@ -83,10 +88,12 @@ def measure_one(kv: str, given: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         fill = given.verb == "fill-one"
         sizes = [size for size in (1, 64, 128, 256) if size == 1 or (fill and size < given.requests)]
-        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [*sizes, given.requests]}
+        sizes = sorted({*sizes, *filter(None, [given.long]), given.requests})
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
         watch = {"additional_config": {"turboattention": {"watch": {"share": given.watch}}}} if given.watch else {}
         llm = engine(
-            model, kv, load_format="dummy", max_model_len=given.tokens + max(3 * OUTPUT, given.new),
+            model, kv, load_format="dummy", tensor_parallel_size=given.ranks,
+            max_model_len=max(given.tokens, LONG if given.long else 0) + max(3 * OUTPUT, given.new),
             max_num_seqs=given.requests, max_num_batched_tokens=8192, gpu_memory_utilization=given.memory,
             enable_prefix_caching=False,
             compilation_config={"mode": 0, "cudagraph_mode": "NONE"} if given.eager else graphs, **watch,
@@ -98,28 +105,44 @@ def measure_one(kv: str, given: argparse.Namespace) -> dict[str, Any]:
         "kv": kv, "device": torch.cuda.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__,
         "layers": given.layers, "requests": given.requests, "prompt_tokens": given.tokens, "runs": given.runs,
         "kv_tokens": fitting, "kv_bytes": cache.kv_cache_memory_bytes or "", "load_s": round(load, 1),
-        "graphs": not given.eager, "watch": given.watch or "", "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "graphs": not given.eager, "watch": given.watch or "", "ranks": given.ranks,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    requests = min(given.requests, fitting // (given.tokens + given.new)) if fill else given.requests
-    chosen = random.Random(0)
-    prompts = [[chosen.randrange(3, 32000) for _ in range(given.tokens)] for _ in range(requests)]
-    generate(llm, prompts[:2], 4)  # compiles what the start has not
     if fill:
+        requests = min(given.requests, fitting // (given.tokens + given.new))
+        prompts = random_prompts(requests, given.tokens)
+        generate(llm, prompts[:2], 4)  # compiles what the start has not
         start = time.perf_counter()
         generate(llm, prompts, given.new)
         rate = requests * (given.tokens + given.new) / (time.perf_counter() - start)
-        return row | {"requests": requests, "runs": 1, "new_tokens": given.new, "tokens_per_s": round(rate)}
+        yield row | {"requests": requests, "runs": 1, "new_tokens": given.new, "tokens_per_s": round(rate)}
+        return
+    yield row | times_of(llm, random_prompts(given.requests, given.tokens), given.runs)
+    if given.long:
+        shape = {"requests": given.long, "prompt_tokens": LONG, "runs": 1}
+        yield row | shape | times_of(llm, random_prompts(given.long, LONG), 1)
+
+
+def random_prompts(requests: int, tokens: int) -> list[list[int]]:
+    """The same ones for every engine."""
+    chosen = random.Random(0)
+    return [[chosen.randrange(3, 32000) for _ in range(tokens)] for _ in range(requests)]
+
+
+def times_of(llm: Any, prompts: list[list[int]], runs: int) -> dict[str, Any]:
+    """Medians over runs of the three times of a job, as the module's docstring defines them."""
+    generate(llm, prompts[:2], 4)  # compiles what the start has not
     first, tpot, step = [], [], []
-    for _ in range(given.runs):
+    for _ in range(runs):
         times = []
         for tokens in (1, OUTPUT, 2 * OUTPUT - 1):
             start = time.perf_counter()
             generate(llm, prompts, tokens)
             times.append(time.perf_counter() - start)
-        first.append(given.requests * given.tokens / times[0])
+        first.append(sum(map(len, prompts)) / times[0])
         tpot.append((times[1] - times[0]) / (OUTPUT - 1) * 1e3)
         step.append((times[2] - times[1]) / (OUTPUT - 1) * 1e3)
-    return row | {
+    return {
         "tpot_ms": round(statistics.median(tpot), 3), "tpot_all_ms": " ".join(f"{x:.3f}" for x in tpot),
         "prefill_tokens_per_s": round(statistics.median(first)), "prefill_all": " ".join(f"{x:.0f}" for x in first),
         "step_ms": round(statistics.median(step), 3), "step_all_ms": " ".join(f"{x:.3f}" for x in step),
@@ -141,15 +164,16 @@ def measure(given: argparse.Namespace) -> int:
             printed, _ = process.communicate()
             reason = f"more than {given.timeout:.0f} s"
         lines = [line for line in printed.splitlines() if line.startswith("ROW ")]
-        row = json.loads(lines[-1][4:]) if lines else {"kv": kv, "failure": reason}
+        rows = [json.loads(line[4:]) for line in lines] or [{"kv": kv, "failure": reason}]
         if given.log:
             with Path(given.log).open("a") as file:
                 file.write(printed)
         if not lines:
             print(printed[-3000:])
             failed = 1
-        print(json.dumps(row), flush=True)
-        append_row(Path(given.out), row)
+        for row in rows:
+            print(json.dumps(row), flush=True)
+            append_row(Path(given.out), row)
     return failed
 
 
@@ -257,6 +281,8 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs that share the model (tensor parallel)")
+    parser.add_argument("--long", type=int, default=0, help="requests of a second row with 131,072 tokens; 0: none")
     parser.add_argument("--memory", type=float, default=0.6)
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one engine")
     parser.add_argument("--new", type=int, default=256, help="tokens of each answer of fill")
@@ -270,7 +296,8 @@ def main() -> int:
     given = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if given.verb in ("measure-one", "fill-one"):
-        print("ROW " + json.dumps(measure_one(given.kv[0], given)), flush=True)
+        for row in measure_one(given.kv[0], given):
+            print("ROW " + json.dumps(row), flush=True)
         return 0
     if given.verb == "check-one":
         print("ROW " + json.dumps(check_one(given.kv[0], given)), flush=True)

@@ -112,8 +112,11 @@ def sums(queries: Tensor, starts: list[int], counts: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("implementation", [add_packed_queries, queries_kernel], ids=["dispatched", "kernel"])
-def test_squares_of_queries(implementation: Callable[..., None]) -> None:
-    """Short chunks count whole, a long one by its sample; rows that begin anew forget, others are not touched."""
+def test_squares_of_queries(implementation: Callable[..., Tensor]) -> None:
+    """Short chunks count whole, a long one by its sample; rows that begin anew forget, others are not touched.
+
+    Pages of the chunks see what came before and the queries of the page that the chunk begins in, all of them.
+    """
     torch.manual_seed(0)
     starts, counts, rows = [2, 40, 40], [38, 0, QUERY_SAMPLES], [3, 0, 2]
     long = QUERY_SAMPLES * 5 + 3
@@ -123,11 +126,14 @@ def test_squares_of_queries(implementation: Callable[..., None]) -> None:
     before = torch.rand(6, HEADS, DIM, device=DEVICE)
     power = before.clone()
     numbers = {
-        name: torch.tensor(x, dtype=torch.int32, device=DEVICE) for name, x in (("rows", rows), ("counts", counts))
+        name: torch.tensor(x, dtype=torch.int32, device=DEVICE)
+        for name, x in (("rows", rows), ("counts", counts), ("lengths", [60, 7, 128, 100]))
     }
     keep = torch.tensor([1.0, 1.0, 0.0, 0.0], device=DEVICE)
     where = Packed(torch.tensor(starts, dtype=torch.int32, device=DEVICE), long)
-    implementation(power, queries.half(), where, **numbers, keep=keep)
+    early = implementation(power, queries.half(), where, **numbers, keep=keep, page_size=64)
+    first = sums(queries.half(), starts, [4, 0, 64, 28]).float()
+    assert torch.allclose(early[[3, 0, 2, 4]], before[[3, 0, 2, 4]] * keep[:, None, None] + first, rtol=1e-5)
     exact = sums(queries.half(), starts, counts).float()
     assert torch.equal(power[[0, 1, 5]], before[[0, 1, 5]])
     assert torch.allclose(power[3], before[3] + exact[0], rtol=1e-5)
@@ -141,5 +147,5 @@ def test_rows_of_statistics_must_fit() -> None:
     with pytest.raises(InvalidInputError, match=r"keep: expected contiguous torch.float32 \[2\]"):
         add_packed_queries(
             torch.zeros(3, HEADS, DIM), torch.zeros(4, HEADS, DIM), Packed(number, 2), rows=number, counts=number,
-            keep=torch.ones(2, dtype=torch.float64),
+            keep=torch.ones(2, dtype=torch.float64), lengths=number, page_size=64,
         )  # fmt: skip

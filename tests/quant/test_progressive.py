@@ -174,3 +174,15 @@ def test_priority_against_numpy():
 )
 def test_lowest_heads_are_chosen(priority: list[float], share: float, expected: list[int]):
     assert low_priority_heads(torch.tensor(priority), share) == expected
+
+
+@pytest.mark.gpu
+def test_codes_of_a_gpu_are_those_of_the_cpu():
+    """Found by fuzzing on an H200: torch on CUDA multiplies by 1 / 119 and 1 / 15, which is not the quotient."""
+    x = torch.randn(64, 64, 32, generator=torch.Generator().manual_seed(0)).half()
+    here, there = quantize_stage1(x), quantize_stage1(x.cuda())
+    assert torch.equal(here.scale, there.scale.cpu())
+    assert torch.equal(here.codes, there.codes.cpu())
+    for bits in (2, 3, 4):
+        for a, b in zip(quantize_stage2(here.codes, bits), quantize_stage2(there.codes, bits), strict=True):
+            assert torch.equal(a, b.cpu())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from turboattention.checks import check_finite
 from turboattention.errors import invalid
+from turboattention.quant.affine import divided
 from turboattention.quant.progressive import STAGE1_LIMIT, quantize_with_scale
 
 
@@ -101,7 +102,7 @@ class ClampedOpenPage(OpenPage):
         super().append(key, value)
         for name in ("key", "value"):
             if f"{name}_scale" not in self.tensors:
-                scale = self.tensors[name].float().abs().amax((-2, -1), keepdim=True) / STAGE1_LIMIT
+                scale = divided(self.tensors[name].float().abs().amax((-2, -1), keepdim=True), STAGE1_LIMIT)
                 self.tensors[f"{name}_scale"] = scale.to(torch.float16)
 
     def tile_scales(self) -> tuple[Tensor, Tensor] | None:

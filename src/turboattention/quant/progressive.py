@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from turboattention.checks import to_float16
-from turboattention.quant.affine import TINY, levels
+from turboattention.quant.affine import TINY, divided, levels
 
 STAGE1_LIMIT = 119
 INT8_LIMIT = 127
@@ -34,7 +34,7 @@ class Stage2(NamedTuple):
 
 def quantize_stage1(x: Tensor) -> Stage1:
     """INT8 codes of tiles ``[..., tokens, channels]``."""
-    scale = to_float16("tile scale", x.float().abs().amax((-2, -1), keepdim=True) / STAGE1_LIMIT)
+    scale = to_float16("tile scale", divided(x.float().abs().amax((-2, -1), keepdim=True), STAGE1_LIMIT))
     return Stage1(quantize_with_scale(x, scale), scale)
 
 
@@ -49,7 +49,7 @@ def quantize_stage2(tile: Tensor, bits: int) -> Stage2:
     x = tile.float()
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
     # Rounded up, so that the largest value of the channel still has a code.
-    scale = ((high - low) / levels(bits)).ceil().clamp_min(1)
+    scale = divided(high - low, levels(bits)).ceil().clamp_min(1)
     codes = ((x - low) / scale).round().clamp(0, levels(bits))
     return Stage2(codes.to(torch.uint8), scale.to(torch.uint8), low.to(torch.int8))
 

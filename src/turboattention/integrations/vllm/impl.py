@@ -176,7 +176,10 @@ class TurboAttentionImpl(AttentionImpl[TurboMetadata]):  # type: ignore[misc]  #
         assert packed is not None  # always beside it
         if power is not None:
             assert meta.keep is not None  # as above
-            add_packed_queries(power, query, packed, rows=numbers.rows, counts=numbers.counts, keep=meta.keep)
+            power = add_packed_queries(
+                power, query, packed, rows=numbers.rows, counts=numbers.counts, keep=meta.keep, lengths=numbers.before,
+                page_size=self.pages.layout.page_size,
+            )  # fmt: skip
         self._append(
             self.pages.view(kv_cache, numbers, after=False), key.transpose(0, 1)[None], value.transpose(0, 1)[None],
             when="after", fault=numbers.fault, counts=numbers.counts, query_power=power, packed=packed,
