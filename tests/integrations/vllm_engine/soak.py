@@ -84,8 +84,9 @@ class Counts:
     """What happened.
 
     compared, tokens: of the answers, those that agree until the first difference, and all. margins: of the answers that
-    differ, how sure the request alone was there; those beyond TIE are wrong, by number of the request. moved: the most
-    that the lead of a token has moved where both chose it, of each answer.
+    differ, how sure the request alone was there; those beyond TIE are wrong, by number of the request. parted: of those
+    that differ, prompt and answer up to and with the first token that does. moved: the most that the lead of a token
+    has moved where both chose it, of each answer.
     """
 
     asked: int = 0
@@ -95,6 +96,7 @@ class Counts:
     tokens: int = 0
     steps: int = 0
     margins: dict[int, float] = field(default_factory=dict)
+    parted: dict[int, list[int]] = field(default_factory=dict)
     moved: list[float] = field(default_factory=list)
 
     @property
@@ -124,7 +126,8 @@ def soak(
             counts.aborted += 1
         for output in engine.step():
             if output.finished and output.request_id in running:
-                got, lone = answer_of(output), expected[running.pop(output.request_id)]
+                which = running.pop(output.request_id)
+                got, lone = answer_of(output), expected[which]
                 same, margin = first_difference(got[0], lone)
                 counts.finished += 1
                 counts.tokens += len(got[0])
@@ -133,10 +136,25 @@ def soak(
                 counts.moved.append(max(moved, default=0.0))
                 if margin:
                     counts.margins[int(output.request_id)] = margin
+                    counts.parted[int(output.request_id)] = different[which][0] + got[0][: same + 1]
         counts.steps += 1
         if each is not None:
             each(counts)
     return counts
+
+
+def read_again(llm: Any, sequence: list[int]) -> set[int]:
+    """What comes after a sequence when all of it is read again with nothing beside it, as after preemption.
+
+    Once for each number of blocks that may come from the prefix cache. More of it is codes then than while it was made.
+    """
+    found = set()
+    for hit in range(0, len(sequence), 64):
+        assert llm.reset_prefix_cache()
+        for tokens in filter(None, (sequence[:hit], sequence)):
+            (output,) = llm.generate([{"prompt_token_ids": tokens}], parameters(1), use_tqdm=False)
+        found.add(answer_of(output)[0][0])
+    return found
 
 
 def free_blocks(llm: Any) -> int:
