@@ -48,8 +48,12 @@ def main() -> None:
         done = counts.finished + counts.aborted
         if done >= tenth * (len(memory) + 1):
             memory.append(resident_mib())
-            print(f"{done} requests, {counts.aborted} aborted, {len(counts.wrong)} beyond a near tie, "
-                  f"{counts.steps} steps, {memory[-1]:.1f} MiB resident, {time.monotonic() - begin:.0f} s", flush=True)  # fmt: skip
+            seconds = time.monotonic() - begin
+            print(
+                f"{done} requests, {counts.aborted} aborted, {len(counts.wrong)} beyond a near tie, "
+                f"{counts.steps} steps, {memory[-1]:.1f} MiB resident, {seconds:.0f} s",
+                flush=True,
+            )
 
     with tempfile.TemporaryDirectory() as folder:
         model = random_llama(Path(folder))
