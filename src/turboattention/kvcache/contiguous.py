@@ -89,7 +89,7 @@ class LayerCache:
         page = self._new_open_page(key.dtype) if self.open is None else self.open
         key, value = page.checked("key", key), page.checked("value", value)
         with self._all_or_nothing():
-            self.commit()
+            self._commit()
             self.open = page
             page.append(key, value)
             self.latest = key.shape[2]
@@ -132,17 +132,22 @@ class LayerCache:
 
     def settle(self) -> None:
         """Compress the full pages that the next step can no longer take back."""
-        with self._all_or_nothing():
-            self._compress(keep=max(self.config.recent_window, min(self.latest, ROLLBACK_TOKENS)))
+        keep = max(self.config.recent_window, min(self.latest, ROLLBACK_TOKENS))
+        if self.open is not None and full_pages(self.open.tokens, self.config.page_size, keep):
+            with self._all_or_nothing():
+                self._compress(keep)
 
     def commit(self) -> None:
         """All tokens are final: compress every full page older than the recent window."""
+        with self._all_or_nothing():
+            self._commit()
+
+    def _commit(self) -> None:
         if self.open is None or not self.open.tensors:
             return
-        with self._all_or_nothing():
-            self._compress(keep=self.config.recent_window)
-            self.open.settle()
-            self.latest = 0
+        self._compress(keep=self.config.recent_window)
+        self.open.settle()
+        self.latest = 0
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens. What `observe` saw of the others stays in the statistics.
