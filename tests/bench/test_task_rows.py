@@ -128,7 +128,7 @@ def test_questions_of_a_chat(tmp_path: Path) -> None:
     file = tmp_path / "test.jsonl"
     file.write_text(json.dumps({"question": "2 + 2?", "answer": "<<2+2=4>>4\n#### 1,004"}), encoding="utf-8")
     (question,) = load("gsm8k", file, Chat(), 1)  # type: ignore[arg-type]
-    assert question.prompt.startswith("<user>2 + 2?\nPlease reason")
+    assert question.prompt.startswith("<user>2 + 2?\nSolve it")
     assert question.expected == "1004"
 
 

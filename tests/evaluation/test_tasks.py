@@ -114,6 +114,13 @@ def test_bits_count_every_byte(loaded: LoadedModel) -> None:
     assert sizes[2] == pytest.approx((448 * 4.25 + 53 * 16) / 500, abs=0.05)
 
 
+def test_scores_that_are_no_numbers_are_refused(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = loaded.model.lm_head.weight
+    monkeypatch.setattr(loaded.model.lm_head, "weight", torch.nn.Parameter(torch.full_like(weight, torch.nan)))
+    with pytest.raises(InvalidInputError, match="scores of q: expected finite numbers"):
+        choose(loaded, [Question("q", "text", "a", ("a", "b"))])
+
+
 def test_bad_input(loaded: LoadedModel) -> None:
     with pytest.raises(InvalidInputError, match="choices of q: expected at least 2, received 0"):
         choose(loaded, [Question("q", "text", "")])

@@ -73,6 +73,8 @@ def choose(
     for rows in _batches(prompts, batch):
         scores = _scores(loaded.model, [prompts[row] for row in rows], [choices[row] for row in rows], policy)
         for row, found in zip(rows, scores, strict=True):
+            if not bool(torch.isfinite(found).all()):
+                raise invalid(f"scores of {questions[row].name}", "finite numbers", found.tolist(), "try float32")
             best = int(found.argmax())
             answers[row] = Answer(questions[row].choices[best], len(prompts[row]) + len(choices[row][best]))
         _tell(progress, len(answers), len(questions), policy)
