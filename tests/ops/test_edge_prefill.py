@@ -97,7 +97,7 @@ def assert_like(got: AttentionOutput, want: AttentionOutput, v: Tensor) -> None:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_edges(kind: str, dim: int, implementation: str):
-    """``largest`` has scores of 200,000, which float32 rounds to 1/64: probabilities above the largest code would wrap."""
+    """``largest`` has scores of 200,000, which float32 rounds to 1/64: probabilities above the last code would wrap."""
     dtype = torch.float32 if kind == "float32-subnormal" else torch.float16
     q = normal(1, 2, 70, dim, seed=1).to(place(implementation), dtype)
     k, v = (KINDS[kind](normal(1, 1, 130, dim, seed=i)).to(place(implementation), dtype) for i in (2, 3))

@@ -52,3 +52,14 @@ def row_programs(exact, pages, all_pages, programs, EXACT: tl.constexpr, LEAST: 
         share = tl.maximum(pages * programs // all_pages, (8 * pages * programs + 9 * all_pages - 1) // (9 * all_pages))
         for_pages = tl.where(pages > 0, tl.maximum(tl.minimum(share, pages // LEAST), 1), 0)
     return for_pages, (exact + EXACT - 1) // EXACT
+
+
+@triton.jit
+def span(pages, programs, index):
+    """First page and number of pages of program ``index`` of the ``programs`` that share the pages of a row.
+
+    Without the product of pages and index: with a page each, four million tokens would make it 2^32.
+    """
+    each = pages // programs
+    rest = pages % programs
+    return index * each + tl.minimum(index, rest), each + tl.where(index < rest, 1, 0)
