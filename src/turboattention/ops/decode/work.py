@@ -58,8 +58,7 @@ def row_programs(exact, pages, all_pages, programs, EXACT: tl.constexpr, LEAST: 
 def span(pages, programs, index):
     """First page and number of pages of program ``index`` of the ``programs`` that share the pages of a row.
 
-    Without the product of pages and index: with a page each, four million tokens would make it 2^32.
+    In 64 bits: with a page for each program, four million tokens would make the product 2^32.
     """
-    each = pages // programs
-    rest = pages % programs
-    return index * each + tl.minimum(index, rest), each + tl.where(index < rest, 1, 0)
+    begin = (pages.to(tl.int64) * index // programs).to(tl.int32)
+    return begin, (pages.to(tl.int64) * (index + 1) // programs).to(tl.int32) - begin
