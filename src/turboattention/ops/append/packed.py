@@ -54,9 +54,7 @@ def add_packed_queries(
     if without_triton(power.device) is None:
         from turboattention.ops.append.triton_queries import add_packed_queries as kernel  # needs Triton
 
-        return kernel(
-            power, queries, packed, rows=rows, counts=counts, keep=keep, lengths=lengths, page_size=page_size
-        )
+        return kernel(power, queries, packed, rows=rows, counts=counts, keep=keep, lengths=lengths, page_size=page_size)
     early = torch.empty_like(power)
     numbers = zip(*(x.tolist() for x in (packed.starts, counts, rows, lengths, keep)), strict=True)
     for start, count, row, length, kept in numbers:
