@@ -111,13 +111,26 @@ def test_names_of_imports_are_constants() -> None:
             assert constant or table, f"{file}:{call.lineno}"
 
 
+def locked(name: str) -> list[str]:
+    """The requirements of a lock, without comments."""
+    text = (Path(__file__).parents[1] / "requirements" / name).read_text(encoding="utf-8")
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if line and line != "-r demo.txt"]
+
+
 def test_locks_pin_exact_versions() -> None:
-    lines = []
-    for file in sorted((Path(__file__).parents[1] / "requirements").glob("*.txt")):
-        lines += [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    pinned = [line for line in lines if line and line != "-r demo.txt"]
+    pinned = [line for name in ("demo.txt", "test.txt", "newest.txt") for line in locked(name)]
     assert len(pinned) > 70
     assert [line for line in pinned if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.+]*", line)] == []
+
+
+def test_the_lock_with_hashes_has_the_same_versions() -> None:
+    def names(lines: list[str]) -> set[str]:
+        return {line.partition(" ")[0].lower().replace("_", "-") for line in lines}
+
+    hashed, form = locked("hashed-cpu.txt"), r"[^ ]+==[0-9][0-9A-Za-z.]* --hash=sha256:[0-9a-f]{64}"
+    assert names(hashed) == names(locked("demo.txt") + locked("test.txt"))
+    assert [line for line in hashed if not re.fullmatch(form, line)] == []
 
 
 def test_model_folders_without_safetensors_are_refused(tmp_path: Path) -> None:

@@ -399,6 +399,31 @@ def test_state_of_another_policy_is_refused():
         ta.TurboCache(tiny(num_hidden_layers=1).config, "turbo4").load_state(state)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["turbo"][1].update(page_count=9), r"^state.groups\[0\].pages: expected"),
+        (lambda state: state["stock"][0].update(keys="text"), "^state.stock.keys: expected a value of type Tensor"),
+        (lambda state: state["stock"][0].update(update=None), "^state.stock: expected the names keys, values"),
+        (lambda state: state.pop("stock"), "^state: expected policy, turbo and stock"),
+        (lambda state: state.update(turbo=[]), "^state: expected policy 'turbo4' and 3 layers"),
+    ],
+)
+def test_a_damaged_state_leaves_every_layer_as_it_was(change: Callable[[dict], object], message: str):
+    """Gemma 2: layers of transformers' own around one of ours."""
+    model, (ids, mask) = tiny("gemma2"), prompts()
+    cache = ta.TurboCache(model.config, "turbo4")
+    with ta.enable(model, "turbo4"), torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    state = cache.state()
+    change(state)
+    other = ta.TurboCache(model.config, "turbo4")
+    with pytest.raises(InvalidInputError, match=message):
+        other.load_state(state)
+    assert other.get_seq_length() == 0
+    assert other.nbytes == 0
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
     "repeat": lambda cache: cache.batch_repeat_interleave(2),

@@ -1,11 +1,11 @@
 """Numbers at the edge, the same everywhere: the definition, the C++ kernels of every instruction set, Triton's kernels.
 
 A result is defined, or there is a clear error. Pages are compared byte for byte, attention by the error against float64
-over the same codes; the Triton kernels run in the interpreter here, compiled where there is a GPU.
+over the same codes; the Triton kernels run in the interpreter here, compiled where there is a GPU. There everything is
+marked ``gpu``: ``pytest -m gpu tests/ops/test_edge_numbers.py`` on an H200 runs the compiled kernels and Gluon's.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -37,7 +37,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = library.without_library()
 SETS = list(range(library.loaded().isa + 1)) if REASON is None else []
 NO_CPP = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-IMPLEMENTATIONS = ["reference", pytest.param("cpu", marks=NO_CPP), "triton"]
+CPP, GLUON = pytest.param("cpu", marks=NO_CPP), pytest.param("gluon", marks=pytest.mark.gpu)
+IMPLEMENTATIONS = ["reference", CPP, "triton", GLUON]
+# The interpreter is too slow for all combinations.
+ON_GPU = ["triton", GLUON] if DEVICE.type == "cuda" else [GLUON]
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 APPENDS = [
     pytest.param(paged_append.append_paged, id="reference"),
     pytest.param(cpu_append.append_paged, id="cpu", marks=NO_CPP),
@@ -66,10 +70,17 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def cache_of(key: Tensor, value: Tensor, preset: str = "turbo4", overrides: tuple[Override, ...] = ()) -> CachedKV:
-    policy = policy_of(preset, overrides=overrides)
+def place(implementation: object) -> torch.device:
+    """Where the tensors of an implementation lie: those of C++ on the CPU, also where there is a GPU."""
+    return torch.device("cpu") if implementation in ("cpu", cpu_append.append_paged) else DEVICE
+
+
+def cache_of(
+    key: Tensor, value: Tensor, implementation: str = "triton", overrides: tuple[Override, ...] = ()
+) -> CachedKV:
+    policy = policy_of("turbo4", overrides=overrides)
     cache = LayerCache(policy.cache, policy.head_formats(0, key.shape[1]))
-    cache.append(key.to(DEVICE), value.to(DEVICE))
+    cache.append(key.to(place(implementation)), value.to(place(implementation)))
     cache.commit()
     return cache.view()
 
@@ -78,9 +89,9 @@ def tensors(length: int, heads: int = 1, dim: int = 64) -> tuple[Tensor, Tensor]
     return normal(1, heads, length, dim, seed=1), normal(1, heads, length, dim, seed=2)
 
 
-def queries(heads: int, dim: int = 64, count: int = 1) -> Tensor:
+def queries(heads: int, implementation: str, dim: int = 64, count: int = 1) -> Tensor:
     """float16, as engines have them: Triton's kernels round other dtypes to it."""
-    return normal(1, heads, count, dim, seed=3).half().to(DEVICE)
+    return normal(1, heads, count, dim, seed=3).half().to(place(implementation))
 
 
 def assert_close(q: Tensor, kv: CachedKV, implementation: str) -> None:
@@ -97,29 +108,30 @@ def assert_close(q: Tensor, kv: CachedKV, implementation: str) -> None:
     assert got.out.abs().max() <= 1.01 * values.abs().max() + smallest  # a mean of them, whatever the weights
 
 
-@pytest.mark.parametrize("implementation", ["reference", pytest.param("cpu", marks=NO_CPP)])
+@pytest.mark.parametrize("implementation", ["reference", CPP, *ON_GPU])
 @pytest.mark.parametrize("side", ["key", "value", "both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention(kind: str, side: str, implementation: str):
     key, value = tensors(130)
     change = KINDS[kind]
-    kv = cache_of(change(key) if side != "value" else key, change(value) if side != "key" else value)
-    assert_close(queries(2), kv, implementation)
+    key, value = change(key) if side != "value" else key, change(value) if side != "key" else value
+    kv = cache_of(key, value, implementation)
+    assert_close(queries(2, implementation), kv, implementation)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_in_triton(kind: str):
     """One page and two exact tokens: the interpreter is slow."""
     kv = cache_of(*(KINDS[kind](x) for x in tensors(66)))
-    assert_close(queries(2), kv, "triton")
+    assert_close(queries(2, "triton"), kv, "triton")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("scale", [0.0, 1e-7, 1e4])
 def test_queries(scale: float, implementation: str):
     """Of zeros and of the smallest float16 numbers the scores are 0, so the output is the mean of V."""
-    kv = cache_of(*tensors(66))
-    q = queries(2) * scale
+    kv = cache_of(*tensors(66), implementation)
+    q = queries(2, implementation) * scale
     assert_close(q, kv, implementation)
     if scale < 1e-6:
         lse = cached_attention(q, kv, implementation=implementation).lse
@@ -129,16 +141,17 @@ def test_queries(scale: float, implementation: str):
 @pytest.mark.parametrize(
     ("implementation", "kind"),
     [(name, kind) for name in ("reference", "cpu") for kind in ("as-they-are", "outliers", "all-equal")]
-    + [("triton", "outliers")],
+    + [("triton", "outliers")]
+    + [pytest.param("gluon", kind, marks=pytest.mark.gpu) for kind in ("as-they-are", "outliers", "all-equal")],
 )
 def test_head_dim_256_with_16_query_heads_and_mixed_bits(kind: str, implementation: str):
     if implementation == "cpu" and REASON is not None:
         pytest.skip(str(REASON))
     heads = 2 if implementation == "triton" else 3
     key, value = tensors(66, heads=heads, dim=256)
-    kv = cache_of(KINDS[kind](key), value, overrides=MIXED)
+    kv = cache_of(KINDS[kind](key), value, implementation, overrides=MIXED)
     assert len(kv.groups) == heads
-    assert_close(queries(16 * heads, 256), kv, implementation)
+    assert_close(queries(16 * heads, implementation, 256), kv, implementation)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
@@ -147,13 +160,12 @@ def test_head_dim_256_with_16_query_heads_and_mixed_bits(kind: str, implementati
 def test_pages_are_the_same_bytes(preset: str, dim: int, kind: str):
     config = get_preset(preset).cache
     layout = PageLayout(64, dim, config.key, config.value)
-    key, value = (KINDS[kind](x).to(DEVICE) for x in tensors(64, dim=dim))
-    kernels = [triton_append.compress_pages]
-    if DEVICE.type == "cpu":
-        kernels += [partial(cpu_append.compress_pages, isa=isa) for isa in SETS]
+    key, value = (KINDS[kind](x) for x in tensors(64, dim=dim))
     want = reference.compress_pages(layout, key, value)
-    for compress in kernels:
-        assert torch.equal(compress(layout, key, value), want)
+    for isa in SETS:
+        assert torch.equal(cpu_append.compress_pages(layout, key, value, isa=isa), want)
+    for compress in (reference.compress_pages, triton_append.compress_pages):
+        assert torch.equal(compress(layout, key.to(DEVICE), value.to(DEVICE)).cpu(), want)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
@@ -173,14 +185,14 @@ def test_values_that_rotation_brings_beyond_float16_are_refused():
 @pytest.mark.parametrize(("bad", "count"), [(torch.nan, 1), (torch.inf, 3), (-torch.inf, 1)])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
 def test_a_query_that_is_no_number_sees_nothing_and_spoils_no_other(bad: float, count: int, implementation: str):
-    kv = cache_of(*tensors(70))
-    q = queries(4, count=count)
+    kv = cache_of(*tensors(70), implementation)
+    q = queries(4, implementation, count=1 if implementation == "gluon" else count)
     want = cached_attention(q, kv, implementation=implementation)
     q[0, 1, 0, 5] = bad
     got = cached_attention(q, kv, implementation=implementation)
     assert not got.out[0, 1, 0].any()
     assert got.lse[0, 1, 0] == -torch.inf
-    other = torch.ones(1, 4, count, dtype=torch.bool, device=DEVICE)
+    other = torch.ones(q.shape[:3], dtype=torch.bool, device=q.device)
     other[0, 1, 0] = False
     assert torch.equal(got.out[other], want.out[other])
     assert torch.equal(got.lse[other], want.lse[other])
@@ -202,13 +214,14 @@ def test_keys_and_values_that_are_no_numbers_are_refused(side: int, bad: float):
 def test_an_engine_is_told_the_row(implementation: Callable[..., None], bad: float, when: str):
     """1e6 is beyond the float16 of the tail. The other row's bytes are those of a batch without the fault."""
     config = get_preset("turbo4").cache
-    key, value = (normal(2, 1, 66, 64, seed=i).to(DEVICE) for i in (1, 2))
+    device = place(implementation)
+    key, value = (normal(2, 1, 66, 64, seed=i).to(device) for i in (1, 2))
     spoilt = key.clone()
     spoilt[0, 0, 65, 3] = bad
     caches = []
     for tokens in (key, spoilt):
         cache = PagedCache(config, [(config.key, config.value)], rows=2, max_tokens=128, head_dim=64,
-                           append=implementation, device=DEVICE)  # fmt: skip
+                           append=implementation, device=device)  # fmt: skip
         cache.append(tokens[:, :, :65], value[:, :, :65], when="after")
         cache.append(tokens[:, :, 65:], value[:, :, 65:], when=when)
         caches.append(cache)
@@ -228,11 +241,11 @@ def test_an_engine_is_told_the_row(implementation: Callable[..., None], bad: flo
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in Triton's interpreter
 def test_sequences_of_no_token_and_of_one(implementation: str):
     """An empty sequence sees nothing (engines pad batches with them), one token sees itself alone."""
-    config = get_preset("turbo4").cache
-    cache = PagedCache(config, [(config.key, config.value)], rows=3, max_tokens=128, head_dim=64, device=DEVICE)
-    key, value = (normal(3, 1, 70, 64, seed=i).half().to(DEVICE) for i in (1, 2))
-    cache.append(key, value, when="after", counts=torch.tensor([0, 1, 70], dtype=torch.int32, device=DEVICE))
-    q = normal(3, 2, 1, 64, seed=3).half().to(DEVICE)
+    config, device = get_preset("turbo4").cache, place(implementation)
+    cache = PagedCache(config, [(config.key, config.value)], rows=3, max_tokens=128, head_dim=64, device=device)
+    key, value = (normal(3, 1, 70, 64, seed=i).half().to(device) for i in (1, 2))
+    cache.append(key, value, when="after", counts=torch.tensor([0, 1, 70], dtype=torch.int32, device=device))
+    q = normal(3, 2, 1, 64, seed=3).half().to(device)
     got = paged_decode(q, cache.view(), implementation=implementation)
     assert not got.out[0].any()
     assert (got.lse[0] == -torch.inf).all()
@@ -266,7 +279,8 @@ def test_every_code_the_largest(sign: float, implementation: str):
     pages = 8 if implementation == "cpu" else 2
     key, value = tensors(64 * pages + 1, dim=256)
     cache = LayerCache(policy.cache, policy.head_formats(0, 1))
-    cache.append((key * 1e-3).to(DEVICE), value.to(DEVICE))
+    device = place(implementation)
+    cache.append((key * 1e-3).to(device), value.to(device))
     cache.commit()
     kv = cache.view()
     for name, number in (
@@ -274,8 +288,8 @@ def test_every_code_the_largest(sign: float, implementation: str):
         ("key_page_scale", 2.0**-16), ("value_page_scale", 2.0**-8),
     ):  # fmt: skip
         region = layout.regions[name]
-        layout.write(kv.groups[0].pages, name, torch.full((1, 1, pages, *region.shape), number).to(DEVICE))
-    q = torch.full((1, 16, 1, 256), sign, device=DEVICE)
+        layout.write(kv.groups[0].pages, name, torch.full((1, 1, pages, *region.shape), number).to(device))
+    q = torch.full((1, 16, 1, 256), sign, device=device)
     want = prefill_attention(q.double(), kv)
     for isa in SETS if implementation == "cpu" else [None]:
         if isa is None:

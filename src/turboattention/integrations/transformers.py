@@ -29,6 +29,7 @@ except ImportError as error:
 from turboattention.errors import UnsupportedError, invalid
 from turboattention.integrations.observer import CacheObserver, LayerObserver
 from turboattention.kvcache import LayerCache
+from turboattention.kvcache.saved_state import SavedState
 from turboattention.ops import attend
 from turboattention.ops.prefill.reference import expand_cache
 from turboattention.policy import ModelShape, Policy
@@ -195,20 +196,47 @@ class TurboCache(Cache):
         return {"policy": self.policy.name, "turbo": turbo, "stock": stock}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
-        if state["policy"] != self.policy.name or len(state["turbo"]) != len(self.layers):
+        """Take over what `state` returned.
+
+        Raises InvalidInputError for anything else; the cache then stays as it was. Of layers with transformers' own
+        cache only the names and types are checked.
+        """
+        if not isinstance(state, dict) or {*state} != {"policy", "turbo", "stock"}:
+            raise invalid("state", "policy, turbo and stock", f"a value of type {type(state).__name__}")
+        lists = [state["turbo"], state["stock"]]
+        fits = all(isinstance(x, list) and len(x) == len(self.layers) for x in lists)
+        if state["policy"] != self.policy.name or not fits:
             raise invalid("state", f"policy {self.policy.name!r} and {len(self.layers)} layers", state["policy"])
-        for layer, turbo, stock in zip(self.layers, state["turbo"], state["stock"], strict=True):
+        ours: list[tuple[TurboLayer, SavedState]] = []
+        others: list[tuple[CacheLayerMixin, dict[str, Any]]] = []
+        for layer, turbo, stock in zip(self.layers, *lists, strict=True):
             if isinstance(layer, TurboLayer):
-                layer._rearrange()
-                layer.cache.load_state(turbo)
-                layer.is_initialized = layer.cache.length > 0
+                ours.append((layer, layer.cache.read_state(turbo)))
             else:
-                vars(layer).update(stock)
+                others.append((layer, _checked_stock(layer, stock)))
+        for mine, saved in ours:
+            mine._rearrange()
+            mine.cache.take_over(saved)
+            mine.is_initialized = mine.cache.length > 0
+        for other, attributes in others:
+            vars(other).update(attributes)
 
     def _stock_tensors(self) -> list[Tensor]:
         stock = [layer for layer in self.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
         return [x for layer in stock for x in (layer.keys, layer.values) if x is not None]
+
+
+def _checked_stock(layer: CacheLayerMixin, state: Any) -> dict[str, Any]:
+    """The public attributes of a layer of transformers' own; raises InvalidInputError where they are not such."""
+    own = {name: type(value) for name, value in vars(layer).items() if not name.startswith("_")}
+    kinds = own | {"keys": Tensor, "values": Tensor, "dtype": torch.dtype, "device": torch.device}
+    names = {*state} if isinstance(state, dict) else set()
+    if not {*own} <= names <= {*kinds}:
+        raise invalid("state.stock", f"the names {', '.join(own)}", f"a value of type {type(state).__name__}")
+    for name, value in state.items():
+        if type(value) is not kinds[name] and not (name in ("keys", "values") and value is None):
+            raise invalid(f"state.stock.{name}", f"a value of type {kinds[name].__name__}", type(value).__name__)
+    return dict(state)
 
 
 def stock_layers(text: PreTrainedConfig) -> list[CacheLayerMixin]:

@@ -12,6 +12,7 @@ from turboattention.config import CacheConfig, TensorFormat, check_choice, with_
 from turboattention.errors import InvalidInputError, invalid
 from turboattention.kvcache.integrity import INTEGRITIES, Integrity, checksum, group_differences, raise_for
 from turboattention.kvcache.open_page import ClampedOpenPage, OpenPage
+from turboattention.kvcache.saved_state import SavedState, read_state
 from turboattention.ops.append import add_query_power, compress_pages, full_pages, gather_sinks, real_tokens
 from turboattention.ops.common.cached_kv import CachedKV, HeadGroup
 from turboattention.quant.layout import PageLayout
@@ -231,30 +232,29 @@ class LayerCache:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned from a cache with the same configuration; nothing where that fails."""
-        with self._all_or_nothing():
-            self._load(state)
+        """Take over what `state` returned from a cache with the same configuration.
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self.reset()
-        self.page_count, self.latest = state["page_count"], state["latest"]
-        self.sink_key, self.sink_value, self.starts = state["sink_key"], state["sink_value"], state["starts"]
-        self.query_power = state["query_power"]
-        if state["open"] is not None:
-            self.open = self._new_open_page(state["open"]["dtype"])
-            self.open.dtype, self.open.tensors = state["open"]["dtype"], dict(state["open"]["tensors"])
-        for saved in state["groups"]:
-            heads = tuple(saved["heads"])
-            key, value = self.formats[heads[0]]
-            layout = self._layout((with_bits(key, saved["key_bits"]), with_bits(value, saved["value_bits"])))
-            if saved["pages"].shape[-1] != layout.nbytes:
-                raise invalid(
-                    "state", f"pages of {layout.nbytes} bytes", saved["pages"].shape[-1], "use the same policy"
-                )
-            self.groups.append(HeadGroup(layout, heads, saved["pages"]))
-        if self.integrity != "off":
-            # Of a cache that kept none: what is here now counts as written.
-            self.checksums = list(state.get("checksums", ())) or [checksum(group.pages) for group in self.groups]
+        Raises InvalidInputError, with the place, for anything else; the cache then stays as it was.
+        """
+        self.take_over(self.read_state(state))
+
+    def read_state(self, state: dict[str, Any]) -> SavedState:
+        """``state`` checked against the configuration of this cache, for `take_over`; see `saved_state`."""
+        return read_state(state, self.config, self.formats)
+
+    def take_over(self, saved: SavedState) -> None:
+        """Hold what `read_state` returned."""
+        with self._all_or_nothing():
+            self.reset()
+            self.page_count, self.latest, self.groups = saved.page_count, saved.latest, list(saved.groups)
+            self.sink_key, self.sink_value = saved.sink_key, saved.sink_value
+            self.starts, self.query_power = saved.starts, saved.query_power
+            if saved.open is not None:
+                self.open = self._new_open_page(saved.open[0])
+                self.open.tensors = dict(saved.open[1])
+            if self.integrity != "off":
+                # Of a cache that kept none: what is here now counts as written.
+                self.checksums = list(saved.checksums) or [checksum(group.pages) for group in self.groups]
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:

@@ -35,10 +35,11 @@ from turboattention.ops.decode.gluon_common import (
     unpack,
 )
 from turboattention.ops.decode.gluon_exact import exact_tokens
-from turboattention.ops.decode.work import row_programs, sequence_work
+from turboattention.ops.decode.work import row_programs, sequence_work, span
 
 _sequence_work = gluon.jit(sequence_work.fn)
 _row_programs = gluon.jit(row_programs.fn)
+_span = gluon.jit(span.fn)
 
 
 @gluon.jit
@@ -133,8 +134,7 @@ def decode_kernel(
         far_row = row.to(gl.int64)
         q_ptr += far_row * q_batch
         if of_pages:
-            begin = pages * index // for_pages
-            count = pages * (index + 1) // for_pages - begin
+            begin, count = _span(pages, for_pages, index)
             _pages(
                 q_ptr, pool_ptr, table_ptr + far_row * table_batch, kv_head, row, head, lower // 64 + begin, count,
                 lower, part_ptr, lse_ptr, part, q_head, table_head, softcap, qscale, C, PAGED, SOFTCAP,

@@ -47,7 +47,7 @@ def exact_tokens(
         kslot = tail_first + ktoken - sinks
         kslot = kslot % tail_capacity if RING else kslot - page_tokens
         kchannel = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, left)), 0)
-        kat = gl.where(ktoken < sinks, ktoken * sink_token, kslot * tail_token)
+        kat = gl.where(ktoken < sinks, ktoken * sink_token, kslot.to(gl.int64) * tail_token)
         kmask = gl.expand_dims(ktoken < exact, 1)
         if SINKS > 0:
             is_sink = gl.expand_dims(ktoken < sinks, 1)
@@ -60,7 +60,7 @@ def exact_tokens(
         vslot = tail_first + vtoken - sinks
         vslot = vslot % tail_capacity if RING else vslot - page_tokens
         vchannel = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(1, left)), 1)
-        vat = gl.where(vtoken < sinks, vtoken * sink_token, vslot * tail_token)
+        vat = gl.where(vtoken < sinks, vtoken * sink_token, vslot.to(gl.int64) * tail_token)
         if SINKS > 0:
             vptr = gl.where(gl.expand_dims(vtoken < sinks, 0), sink_value_ptr + gl.expand_dims(vat, 0) + vchannel,
                             tail_value_ptr + gl.expand_dims(vat, 0) + vchannel)  # fmt: skip

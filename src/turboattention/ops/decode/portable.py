@@ -23,7 +23,7 @@ from turboattention.ops.decode.portable_codes import (
     refined_queries,
     token_columns,
 )
-from turboattention.ops.decode.work import row_programs, sequence_work
+from turboattention.ops.decode.work import row_programs, sequence_work, span
 
 
 # What changes while a cache grows must not compile the kernel again.
@@ -96,8 +96,7 @@ def attend_kernel(
         q_index = (kv_head * ratio + local % ratio).to(tl.int64) * q_head + (local // ratio).to(tl.int64) * q_query
         q_rows = q_ptr + far_row * q_batch + q_index
         if of_pages:
-            begin = pages * index // for_pages
-            count = pages * (index + 1) // for_pages - begin
+            begin, count = span(pages, for_pages, index)
             page0 = lower // PAGE + begin
             _pages(
                 q_rows, pool_ptr, table_ptr + far_row * table_batch + group.to(tl.int64) * table_head + page0,

@@ -52,3 +52,13 @@ def row_programs(exact, pages, all_pages, programs, EXACT: tl.constexpr, LEAST: 
         share = tl.maximum(pages * programs // all_pages, (8 * pages * programs + 9 * all_pages - 1) // (9 * all_pages))
         for_pages = tl.where(pages > 0, tl.maximum(tl.minimum(share, pages // LEAST), 1), 0)
     return for_pages, (exact + EXACT - 1) // EXACT
+
+
+@triton.jit
+def span(pages, programs, index):
+    """First page and number of pages of program ``index`` of the ``programs`` that share the pages of a row.
+
+    In 64 bits: with a page for each program, four million tokens would make the product 2^32.
+    """
+    begin = (pages.to(tl.int64) * index // programs).to(tl.int32)
+    return begin, (pages.to(tl.int64) * (index + 1) // programs).to(tl.int32) - begin

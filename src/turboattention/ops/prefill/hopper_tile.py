@@ -30,13 +30,15 @@ _SUM = gl.constexpr(
     "{ .reg .b32 one, zero; mov.b32 one, 0x01010101; mov.b32 zero, 0; dp4a.s32.s32 $0, $1, one, zero; }"
 )  # of the four int8 in a word
 # From the largest integer score of two rows in this thread and their factors: the rows' references, exchanged between
-# the four threads of a row; the bases of the output, which move only when a reference is 2^60 above; and the factors of
+# the four threads of a row, and two units of their last place higher: a large score is rounded, and a probability of
+# 128 would wrap to -128; the bases of the output, which move only when a reference is 2^60 above; and the factors of
 # the old output, 1 where nothing moved.
 _REFERENCE = gl.constexpr("""{
 .reg .pred p0, p1, any; .reg .f32 a0, a1, t, u;
 cvt.rn.f32.s32 a0, $6; cvt.rn.f32.s32 a1, $7; mul.f32 a0, a0, $8; mul.f32 a1, a1, $9;
 shfl.sync.bfly.b32 t, a0, 1, 31, -1; shfl.sync.bfly.b32 u, a1, 1, 31, -1; max.f32 a0, a0, t; max.f32 a1, a1, u;
-shfl.sync.bfly.b32 t, a0, 2, 31, -1; shfl.sync.bfly.b32 u, a1, 2, 31, -1; max.f32 $0, a0, t; max.f32 $1, a1, u;
+shfl.sync.bfly.b32 t, a0, 2, 31, -1; shfl.sync.bfly.b32 u, a1, 2, 31, -1; max.f32 a0, a0, t; max.f32 a1, a1, u;
+abs.f32 t, a0; abs.f32 u, a1; fma.rn.f32 $0, t, 0f34800000, a0; fma.rn.f32 $1, u, 0f34800000, a1;
 mov.f32 $2, $10; mov.f32 $3, $11; mov.f32 $4, 0f3F800000; mov.f32 $5, 0f3F800000;
 add.f32 t, $10, 0f42700000; setp.gt.f32 p0, $0, t; add.f32 t, $11, 0f42700000; setp.gt.f32 p1, $1, t;
 or.pred any, p0, p1; vote.sync.any.pred any, any, 0xffffffff;

@@ -117,6 +117,8 @@ def _tiles(
         else:
             highest = tl.max(s, 1)
         reference = highest.to(tl.float32) * factor
+        # Two units of its last place higher: a large score is rounded, and a probability of 128 would wrap to -128.
+        reference += tl.abs(reference) * 2.0**-22
         # Largest probability 127 = 2^6.99; the subnormal packing wants another factor 2^-24.
         offset: tl.constexpr = _LOG2_LEVELS - 24.0 if ASSEMBLY else _LOG2_LEVELS
         x = _exact_float(s, BY_ADD) * factor[:, None] + (-reference + offset)[:, None]
