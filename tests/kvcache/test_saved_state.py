@@ -98,6 +98,7 @@ CHANGES: dict[str, tuple[Callable[[dict], None], str]] = {
     "tail-of-another-dtype": (put("open", "tensors", "key", value=lambda x: x.float()), "expected torch.float16"),
     "dtype-of-another-tail": (put("open", "dtype", value=torch.float32), "state.open.dtype: expected one of"),
     "no-dtype": (put("open", "dtype", value="float16"), "state.open.dtype: expected one of"),
+    "a-tensor-as-dtype": (put("open", "dtype", value=torch.ones(9, 999)), "expected one of .* received a tensor of"),
     "tail-of-another-head": (put("open", "tensors", "key", value=lambda x: x[:, :1]), r"\[any, 3, any, any\]"),
     "value-shorter": (put("open", "tensors", "value", value=lambda x: x[:, :, 1:]), "tensors.value: expected"),
     "tail-no-number": (put("open", "tensors", "key", value=lambda x: x * torch.nan), "tensors.key: expected finite"),

@@ -17,8 +17,10 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 def environment(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Versions, processor, GPU, threads, dtype and date, ready for JSON."""
     on_gpu = torch.device(device).type == "cuda"
+    packages = {name: _version(name) for name in _PACKAGES}
     return {
-        "packages": {"turboattention": __version__, **{name: _version(name) for name in _PACKAGES}},
+        # torch by itself: the name of its build (+cpu, +cu130) is not in the version of every wheel.
+        "packages": {"turboattention": __version__, **packages, "torch": torch.__version__},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),

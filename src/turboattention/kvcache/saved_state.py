@@ -83,8 +83,8 @@ def _open_page(
     dtype = data["dtype"]
     compresses = any(fmt.bits < 16 for pair in formats for fmt in pair)
     known = FLOAT_DTYPES if not compresses else (torch.float16, torch.bfloat16)
-    if dtype not in known:
-        raise invalid("state.open.dtype", f"one of {', '.join(map(str, known))}", dtype, SAME_POLICY)
+    if not isinstance(dtype, torch.dtype) or dtype not in known:
+        raise invalid("state.open.dtype", f"one of {', '.join(map(str, known))}", _short(dtype), SAME_POLICY)
     clamped = config.open_page == "int8_clamped"
     scales, codes = ("key_scale", "value_scale"), ("key_codes", "value_codes")
     tensors = _object("state.open.tensors", data["tensors"], ("key", "value", *(scales if clamped else ())),
