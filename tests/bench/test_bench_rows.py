@@ -105,7 +105,7 @@ def test_append_row(known: dict[str, Any], form: str) -> None:
     (row,) = measure_case(replace(SMALL, op="append", form=form), known, CPU, repeats=1)
     check_speeds(row)
     assert row.error_rms == 0
-    assert row.quantisation_ms > row.candidate_ms
+    assert row.quantisation_ms > 0
 
 
 @pytest.mark.usefixtures("decode_by_definition")
