@@ -86,11 +86,11 @@ def append(preset: str, head_dim: int, *, rope: bool = False, before: bool = Tru
 
 
 def queries(head_dim: int, **changes: Any) -> Variant:
-    types = {"power": "*fp32", "queries": "*bf16", "keep": "*fp32", "kv_heads": "i32"}
-    types |= dict.fromkeys(("starts", "counts", "rows"), "*i32")
+    types = {"power": "*fp32", "early": "*fp32", "queries": "*bf16", "keep": "*fp32", "kv_heads": "i32"}
+    types |= dict.fromkeys(("starts", "counts", "rows", "lengths"), "*i32")
     constants = {"query_t": 32 * head_dim, "query_h": head_dim, "query_d": 1, "HEAD_DIM": head_dim, "RATIO": 4}
-    constants |= {"WIDTH": head_dim, "SAMPLES": QUERY_SAMPLES, "TILE": TILE}
-    unaligned = ("starts", "counts", "rows", "keep")
+    constants |= {"WIDTH": head_dim, "SAMPLES": QUERY_SAMPLES, "PAGE": 64, "TILE": TILE}
+    unaligned = ("starts", "counts", "rows", "keep", "lengths")
     return Variant(
         f"queries {head_dim}", queries_kernel, types, constants, num_warps=8, unaligned=unaligned, **changes
     )  # fmt: skip
