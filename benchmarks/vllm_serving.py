@@ -164,11 +164,13 @@ def measure(given: argparse.Namespace) -> int:
             printed, _ = process.communicate()
             reason = f"more than {given.timeout:.0f} s"
         lines = [line for line in printed.splitlines() if line.startswith("ROW ")]
-        rows = [json.loads(line[4:]) for line in lines] or [{"kv": kv, "failure": reason}]
+        rows = [json.loads(line[4:]) for line in lines]
+        if len(rows) < 1 + bool(given.long and given.verb == "measure"):
+            rows.append({"kv": kv, "failure": reason})
         if given.log:
             with Path(given.log).open("a") as file:
                 file.write(printed)
-        if not lines:
+        if "failure" in rows[-1]:
             print(printed[-3000:])
             failed = 1
         for row in rows:

@@ -1,5 +1,6 @@
 """Caches of random tokens that tests of attention share."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,22 @@ from turboattention.policy import Override, Policy
 
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def outliers(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., ::17, ::9] *= 1e4
+    return x
+
+
+# Numbers at the edge, made of random tokens [..., tokens, head_dim].
+EDGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": torch.zeros_like,
+    "all-equal": lambda x: torch.full_like(x, -3.0),
+    "outliers": outliers,
+    "outlier-channel": lambda x: torch.cat([torch.full_like(x[..., :1], 1e4), x[..., 1:]], -1),
+    "float32-subnormal": lambda x: x * 1e-40,
+}
 
 
 def policy_of(preset: str, sinks: int = 1, window: int = 0, overrides: tuple[Override, ...] = ()) -> Policy:

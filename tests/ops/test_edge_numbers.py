@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from caches import normal, policy_of
+from caches import EDGES, normal, policy_of
 from torch import Tensor
 
 from turboattention.config import get_preset
@@ -52,20 +52,9 @@ MIXED = (Override(8, head=0), Override(2, head=1, tensor="value"))
 SCORE_ERROR = 2.0**-14
 
 
-def outliers(x: Tensor, size: float = 1e4) -> Tensor:
-    x = x.clone()
-    x[:, :, ::17, ::9] *= size
-    return x
-
-
-KINDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "zeros": torch.zeros_like,
-    "all-equal": lambda x: torch.full_like(x, -3.0),
-    "outliers": outliers,
-    "outlier-channel": lambda x: torch.cat([torch.full_like(x[..., :1], 1e4), x[..., 1:]], -1),
+KINDS = EDGES | {
     "largest": lambda x: x.sign() * 40000.0,  # with a margin: codes may stand for more than there was
     "float16-subnormal": lambda x: x * 1e-7,
-    "float32-subnormal": lambda x: x * 1e-40,
     "as-they-are": lambda x: x,
 }
 

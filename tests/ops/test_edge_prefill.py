@@ -4,11 +4,9 @@ Triton's kernel runs in the interpreter here. On an H200 ``pytest -m gpu tests/o
 compiled, and the Hopper kernel, which the operator takes there.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from caches import normal, paged, policy_of
+from caches import EDGES, normal, paged, policy_of
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -35,20 +33,9 @@ SMALLEST = 2.0**-24  # of float16
 ONE_CODE = 1 / 254
 
 
-def spike(x: Tensor) -> Tensor:
-    x = x.clone()
-    x[..., ::17, ::9] *= 1e4
-    return x
-
-
-KINDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "zeros": torch.zeros_like,
-    "all-equal": lambda x: torch.full_like(x, -3.0),
-    "outliers": spike,
-    "outlier-channel": lambda x: torch.cat([torch.full_like(x[..., :1], 1e4), x[..., 1:]], -1),
+KINDS = EDGES | {
     "largest": lambda x: x.sign() * 60000.0,  # with a margin: codes may stand for more than there was
     "float16-subnormal": lambda x: (x * 1e-7).half().float(),
-    "float32-subnormal": lambda x: x * 1e-40,
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soak
 import torch
 from engines import NEEDS, random_llama, started
 from torch import Tensor
@@ -78,9 +79,9 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "stock": lambda: vllm.LLM(model=str(folder), enforce_eager=True, block_size=64, **plain),
         "ours": lambda: started(folder, "int8", **plain),
     }
-    parameters = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=2, detokenize=False)
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (5, 63, 64, 65, 150, 300)]
+    lengths = (5, 63, 64, 65, 150, 300)
+    asked = [{"prompt_token_ids": torch.randint(3, 300, (n,), generator=generator).tolist()} for n in lengths]
     from turboattention.integrations.vllm.impl import TurboAttentionImpl
 
     steps, forward = dict.fromkeys(engines, 0), TurboAttentionImpl.forward
@@ -93,7 +94,7 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                 return forward(*given, **more)
 
             patch.setattr(TurboAttentionImpl, "forward", counted)
-            found[name] = start().generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+            found[name] = start().generate(asked, soak.parameters(NEW), use_tqdm=False)
     assert not steps["stock"]  # else both were ours
     assert steps["ours"] > NEW
     return found
@@ -102,10 +103,7 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_answers_are_those_of_the_own_cache(answers: dict[str, list[Any]]) -> None:
     same = 0
     for ours, stock in zip(answers["ours"], answers["stock"], strict=True):
-        got, expected = (list(x.outputs[0].token_ids) for x in (ours, stock))
-        at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b), None)
-        if at is not None:
-            first, second = sorted((x.logprob for x in stock.outputs[0].logprobs[at].values()), reverse=True)[:2]
-            assert first - second < TIE, (at, first - second)
-        same += NEW if at is None else at
+        agreed, margin = soak.first_difference(soak.answer_of(ours)[0], soak.answer_of(stock))
+        assert margin < TIE, (agreed, margin)
+        same += agreed
     assert same >= NEW * len(answers["ours"]) / 2
