@@ -39,6 +39,18 @@ def test_rows_without_memory():
     )
 
 
+def test_sums_of_queries_do_not_follow_the_default_dtype():
+    layout = page_layout(get_preset("turbo4").cache, 64)
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it makes a model of that dtype
+    try:
+        pages = pool.OpenPages.allocate(layout, 5, 2, torch.bfloat16, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert pages.power is not None
+    assert pages.power.dtype == torch.float32
+    assert pages.key.dtype == pages.value.dtype == torch.bfloat16
+
+
 @pytest.mark.slow
 def test_start_without_memory_and_then_with(full: pytest.MonkeyPatch, tmp_path: Path):
     pytest.importorskip("vllm", reason=NEEDS)
@@ -46,5 +58,5 @@ def test_start_without_memory_and_then_with(full: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(torch.OutOfMemoryError, match=r"open pages of a layer: .* lower --max-num-seqs"):
         started(model, skip_tokenizer_init=True)
     full.undo()
-    engine = started(model, skip_tokenizer_init=True)
+    engine = started(model, skip_tokenizer_init=True, dtype="bfloat16")
     assert len(tokens(answers(engine, [[5, 6, 7]], 70))[0]) == 70

@@ -48,7 +48,9 @@ class OpenPages:
         refines = bool(layout.key.refined_channels(layout.head_dim))
         try:
             key, value = (torch.zeros(shape, dtype=stored, device=device) for _ in range(2))
-            power = torch.zeros(rows, kv_heads, layout.head_dim, device=device) if refines else None
+            power = (
+                torch.zeros(rows, kv_heads, layout.head_dim, dtype=torch.float32, device=device) if refines else None
+            )
         except torch.OutOfMemoryError as error:
             wanted = rows * kv_heads * layout.head_dim * (2 * stored.itemsize * capacity + 4 * refines)
             raise torch.OutOfMemoryError(

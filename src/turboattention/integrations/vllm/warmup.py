@@ -77,7 +77,7 @@ def _steps(sequences: int, row: int, table: Tensor, width: int) -> Iterator[Turb
         yield TurboMetadata(
             0, _lengths(0, 0, 0, row, table), CHUNK, chunk, chunk_starts=(0, CHUNK), cu=ends,
             packed=Packed(ends[:1], CHUNK), has_prefix=prefix > 0,
-            parts=parts_of(ends, (0, CHUNK), chunk.after, (prefix + CHUNK,)), keep=torch.ones(1, device=table.device),
+            parts=parts_of(ends, (0, CHUNK), chunk.after, (prefix + CHUNK,)), keep=torch.ones(1, dtype=torch.float32, device=table.device),
         )  # fmt: skip
 
 
