@@ -32,7 +32,8 @@ class Variant:
     """One way to compile a kernel.
 
     kernel: a ``triton.jit`` or ``gluon.jit`` function. types: of the run-time arguments by name (``*fp16``, ``i32``);
-    pointers count as aligned to 16 bytes, unless in ``unaligned``. constants: values of the ``constexpr`` arguments.
+    pointers count as aligned to 16 bytes, unless in ``unaligned``, and numbers in ``multiples`` as multiples of 16.
+    constants: values of the ``constexpr`` arguments.
     targets: names from TARGETS. note: what a test wants to find in the row.
     """
 
@@ -45,6 +46,7 @@ class Variant:
     targets: tuple[str, ...] = TARGETS
     options: Mapping[str, Any] = field(default_factory=dict)
     unaligned: tuple[str, ...] = ()
+    multiples: tuple[str, ...] = ()
     note: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -69,7 +71,7 @@ def compile_variant(variant: Variant, target: str) -> Any:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in variant.types.items()
-        if kind.startswith("*") and name not in variant.unaligned
+        if name in variant.multiples or (kind.startswith("*") and name not in variant.unaligned)
     }
     source = source_type(variant.kernel, signature, dict(variant.constants), aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}

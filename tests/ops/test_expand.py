@@ -114,5 +114,4 @@ def test_bad_shapes_are_named():
 def test_compiles_for_gpus():
     rows = rows_of(Path(__file__).with_name("expand_variants.py"))
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "gfx942"}
-    # What is spilled today on the oldest, so that it does not grow.
-    assert [row["name"] for row in rows if row["spills"] > (42 if row["target"] == "sm_80" else 0)] == []
+    assert [row["name"] for row in rows if row["spills"]] == []

@@ -31,6 +31,9 @@ MILLION = 2**20
 PAGES_AT_ONCE = 1024  # of the definition in float64
 # Of kernels against the definition, as in test_decode_kernels.
 BUDGET, LSE_BUDGET = 6e-4, 2e-3
+# Absolute, of the first channel beside values of size 1. There codes and zeros, 30 each, leave 0.002 of each other: 8e-5
+# off on average on an H200, at 131,077 tokens as at a million, for every split (tensor cores cut what they add).
+FIRST_CHANNEL = 1.5e-4
 
 
 def place(implementation: str) -> torch.device:
@@ -99,7 +102,8 @@ def test_a_million_tokens_on_a_gpu(preset: str):
         own, kv_own = slice(4 * head, 4 * head + 4), slice(head, head + 1)
         want = definition(q[:, own], kv, head)
         for got in decoded:
-            assert relative_rms(got.out[:, own], want.out) < BUDGET
+            assert relative_rms(got.out[:, own, :, 1:], want.out[..., 1:]) < BUDGET
+            assert (got.out[:, own, :, 0] - want.out[..., 0]).square().mean().sqrt() < FIRST_CHANNEL
             assert (got.lse[:, own] - want.lse).abs().max() < LSE_BUDGET
         itself = int8_prefill(chunk[0][:, own], *(x[:, kv_own] for x in chunk[1:]), implementation="reference")
         before = definition(chunk[0][:, own], kv, head)

@@ -74,10 +74,11 @@ def _steps(sequences: int, row: int, table: Tensor, width: int) -> Iterator[Turb
     for prefix in (0, PREFIX):
         chunk = _lengths(1, prefix, CHUNK, row, table)
         ends = torch.tensor([0, CHUNK], dtype=torch.int32, device=table.device)
+        keep = torch.ones(1, dtype=torch.float32, device=table.device)
         yield TurboMetadata(
             0, _lengths(0, 0, 0, row, table), CHUNK, chunk, chunk_starts=(0, CHUNK), cu=ends,
             packed=Packed(ends[:1], CHUNK), has_prefix=prefix > 0,
-            parts=parts_of(ends, (0, CHUNK), chunk.after, (prefix + CHUNK,)), keep=torch.ones(1, dtype=torch.float32, device=table.device),
+            parts=parts_of(ends, (0, CHUNK), chunk.after, (prefix + CHUNK,)), keep=keep,
         )  # fmt: skip
 
 
