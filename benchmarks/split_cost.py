@@ -28,7 +28,7 @@ CALLS = 20  # in one graph
 
 
 def timed(call: Callable[[], object], device: str) -> Callable[[], float]:
-    """A function that gives the milliseconds of one call; on a GPU of a graph of calls, which never waits for Python."""
+    """Gives the milliseconds of one call; on a GPU of a graph of calls, which never waits for Python."""
     if device == "cpu":
 
         def on_cpu() -> float:
