@@ -13,10 +13,10 @@ import pytest
 
 from turboattention.calibration.state import State
 from turboattention.errors import InvalidInputError
+from turboattention.files import write_atomic
 from turboattention.monitoring.guard import Change
 from turboattention.monitoring.responses import WritePolicy
 from turboattention.policy import Policy
-from turboattention.report.files import write_atomic
 from turboattention.serving.store import RUN, Store
 
 ROOM = 200  # bytes, less than any of these files

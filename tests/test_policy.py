@@ -249,7 +249,7 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("turboattention.policy.os.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(InvalidInputError, match=r"^policy path: expected a writable file, received .*No space left"):
         Policy.from_preset("turbo4").save(tmp_path / "policy.json")
     monkeypatch.undo()

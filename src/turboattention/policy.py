@@ -1,9 +1,7 @@
 """A policy: what a model's cache looks like, per layer, head, K and V, with its provenance; saved as JSON."""
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +20,7 @@ from turboattention.config import (
     with_bits,
 )
 from turboattention.errors import InvalidInputError, UnsupportedError, invalid
-from turboattention.files import DOCUMENT, parse_json, read_bytes
+from turboattention.files import DOCUMENT, parse_json, read_bytes, write_atomic
 from turboattention.quant.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerToken
 
 FORMAT_VERSION = 1
@@ -143,20 +141,11 @@ class Policy:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all."""
-        target = Path(path)
         try:
             text = json.dumps({"turboattention_policy": FORMAT_VERSION, **asdict_policy(self)}, indent=2)
         except TypeError as error:
             raise invalid("provenance", "values that JSON can hold", error) from error
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, target)
-        except OSError as error:
-            raise invalid("policy path", "a writable file", f"{target} ({error.strerror})") from error
-        finally:
-            with suppress(OSError):  # nothing to remove where nothing could be written
-                temporary.unlink(missing_ok=True)
+        write_atomic(Path(path), text + "\n", "policy path")
 
     @classmethod
     def load(cls, path: str | Path) -> "Policy":

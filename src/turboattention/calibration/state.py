@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from turboattention.errors import invalid
-from turboattention.files import RECORDS, read_json
+from turboattention.files import RECORDS, read_json, write_atomic
 
 SCHEMA = 2
 _EXPECTED = "what a calibration wrote"
@@ -53,14 +52,7 @@ class State:
         results = json.dumps(self._data)
         head = json.dumps({"turboattention_calibration": SCHEMA, "run": self.run, "sha256": _sum(results)})
         text = f'{head[:-1]}, "results": {results}}}'
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise invalid("state path", "a writable file", f"{self.path} ({error.strerror})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomic(self.path, text, "state path")
 
     def _read(self, path: Path) -> dict[str, Any]:
         data = read_json("state file", path, RECORDS, _EXPECTED, _ANEW)

@@ -18,7 +18,7 @@ from turboattention.cli.options import (
 )
 from turboattention.cli.requirements import require
 from turboattention.errors import TurboAttentionError
-from turboattention.report.files import write_atomic
+from turboattention.files import write_atomic
 from turboattention.report.words import printable
 
 if TYPE_CHECKING:

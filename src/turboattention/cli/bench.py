@@ -14,8 +14,8 @@ from turboattention.bench.machine import machine
 from turboattention.bench.result import SCHEMA, Row
 from turboattention.cli.options import DeviceOption, JsonOption, check_device, check_outputs, to_json
 from turboattention.config import DEFAULT_PRESET
+from turboattention.files import write_atomic
 from turboattention.report.figures import small
-from turboattention.report.files import write_atomic
 
 ROW_FAILED = 1
 WIDTH = 180  # of a table in a file or a pipe

@@ -19,7 +19,7 @@ from turboattention.cli.options import (
     to_json,
 )
 from turboattention.cli.requirements import require
-from turboattention.report.files import write_atomic
+from turboattention.files import write_atomic
 
 
 def calibrate(

@@ -23,7 +23,7 @@ from turboattention.cli.options import (
 from turboattention.cli.requirements import require
 from turboattention.config import DEFAULT_PRESET
 from turboattention.errors import invalid
-from turboattention.report.files import write_atomic
+from turboattention.files import write_atomic
 
 
 def compare(

@@ -15,9 +15,9 @@ from turboattention.cli.options import JsonOption, check_outputs, to_json
 from turboattention.cli.requirements import INSTALL
 from turboattention.cli.selftest import self_test
 from turboattention.cpu.library import instruction_set, without_library
+from turboattention.files import write_atomic
 from turboattention.ops import implementations
 from turboattention.report.figures import small
-from turboattention.report.files import write_atomic
 
 OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS = (5, 17), (5, 23)
 OLDEST_GPU = (8, 0)

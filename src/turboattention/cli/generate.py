@@ -24,9 +24,9 @@ from turboattention.cli.options import (
 from turboattention.cli.requirements import require
 from turboattention.config import DEFAULT_PRESET
 from turboattention.errors import invalid
+from turboattention.files import write_atomic
 from turboattention.policy import Policy
 from turboattention.report.figures import size
-from turboattention.report.files import write_atomic
 from turboattention.report.words import printable
 
 if TYPE_CHECKING:

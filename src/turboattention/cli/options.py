@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from turboattention.config import DEFAULT_PRESET, get_preset, presets
 from turboattention.errors import InvalidInputError, UnsupportedError, invalid
+from turboattention.files import check_writable
 from turboattention.policy import Policy
-from turboattention.report.files import check_writable
 from turboattention.report.words import printable
 
 ModelOption = Annotated[

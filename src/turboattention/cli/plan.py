@@ -10,7 +10,7 @@ from rich.console import Console
 from turboattention.cli.options import JsonOption, check_outputs, to_json
 from turboattention.cli.requirements import require
 from turboattention.errors import invalid
-from turboattention.report.files import write_atomic
+from turboattention.files import write_atomic
 
 WIDTH = 140  # of a table in a file or a pipe
 LONG_PROMPT = 8192

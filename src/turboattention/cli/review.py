@@ -9,7 +9,7 @@ import typer
 from turboattention.cli.options import JsonOption, check_outputs, to_json
 from turboattention.cli.requirements import require
 from turboattention.errors import invalid
-from turboattention.report.files import write_atomic
+from turboattention.files import write_atomic
 
 INSTALL = "pip install 'turboattention[review]'"
 

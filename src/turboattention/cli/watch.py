@@ -9,14 +9,13 @@ import typer
 from turboattention.cli.options import JsonOption, check_outputs, to_json
 from turboattention.config import presets
 from turboattention.errors import MissingDependencyError, UnsupportedError, invalid
-from turboattention.files import read_bytes
+from turboattention.files import read_bytes, write_atomic
 from turboattention.monitoring.guard import Guard, Response
 from turboattention.monitoring.limits import MEASURES, chosen_limits
 from turboattention.monitoring.reference import expected_errors
 from turboattention.monitoring.responses import Log, Refuse, Webhook, WritePolicy
 from turboattention.monitoring.settings import NO_CLIENT
 from turboattention.policy import Policy
-from turboattention.report.files import write_atomic
 
 DASHBOARD = Path(__file__).parents[1] / "monitoring" / "grafana.json"
 _LONGEST_ADDRESS = 2**16  # bytes of its file

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from turboattention.errors import InvalidInputError, invalid
-from turboattention.files import RECORDS, parse_json, read_json
+from turboattention.files import RECORDS, parse_json, read_json, write_atomic
 from turboattention.serving.answer import SIDES, Answer, SideName
 from turboattention.serving.prompts import Request
 from turboattention.serving.secrets import Secret, hide
@@ -178,13 +178,10 @@ class Store:
         self._write(self.folder / name, text)
 
     def _write(self, path: Path, text: str) -> None:
-        temporary = path.with_name(f".{path.name}.new")
         try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise DiskError(f"--out: expected room for {path}, received {error.strerror}") from error
+            write_atomic(path, text, "--out")
+        except InvalidInputError as error:
+            raise DiskError(str(error)) from error
 
 
 def _request(request: Request) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from turboattention.errors import InvalidInputError
-from turboattention.report.files import check_writable, write_atomic
+from turboattention.files import check_writable, write_atomic
 
 
 @pytest.mark.parametrize("path", [".", "missing/out.json", "file/out.json"])
