@@ -7,7 +7,7 @@
 
 The first form tunes each target as `turboattention calibrate` does; the second measures sizes in one pass, untuned. One
 row for each policy that was measured; presets and other sizes once for a model. With --state all targets share the
-sensitivities, and a run that was stopped goes on.
+sensitivities, and a run that was stopped goes on. --needles asks the sizes for codes hidden in a text of so many tokens.
 """
 
 import csv
@@ -27,6 +27,7 @@ from turboattention.calibration.session import Session
 from turboattention.calibration.settings import Settings
 from turboattention.calibration.tune import size_of_bits
 from turboattention.evaluation.environment import environment
+from turboattention.evaluation.retrieval import RetrievalResult, needle_score
 from turboattention.evaluation.texts import BUNDLED_TEXTS
 from turboattention.integrations.models import load_model
 from turboattention.policy import Policy
@@ -35,7 +36,7 @@ COLUMNS = (
     "model", "kind", "name", "per", "bits_per_value", "kl", "kl_low", "kl_high", "added_nats", "added_nats_low",
     "added_nats_high", "top1", "within_target", "predicted_kl", "tuning_kl", "tokens", "window", "held_out",
     "held_out_tokens", "seed", "spearman", "probes", "seconds_sensitivities", "seconds_probes", "seconds_tuning",
-    "device", "torch", "transformers", "dtype",
+    "device", "torch", "transformers", "dtype", "needles", "needles_16bit", "needle_questions",
 )  # fmt: skip
 
 
@@ -46,6 +47,7 @@ def main(
     bits: Annotated[list[float] | None, typer.Option(help="sizes to measure together, untuned; repeatable")] = None,
     preset: Annotated[list[str] | None, typer.Option(help="presets to measure with them; repeatable")] = None,
     measured_tokens: Annotated[int, typer.Option(help="with --bits: of each held-out window, the first; 0: all")] = 0,
+    needles: Annotated[int, typer.Option(help="with --bits: tokens of a retrieval test; 0: none")] = 0,
     tokens: int = 8192,
     window: int = 1024,
     held_out_tokens: int = 1024,
@@ -68,7 +70,7 @@ def main(
             writer.writeheader()
         if bits:
             session = Session(loaded, BUNDLED_TEXTS, (), settings, state, _say)
-            writer.writerows(_sizes(session, bits, preset or [], measured_tokens))
+            writer.writerows(_sizes(session, bits, preset or [], measured_tokens, needles))
             file.flush()
         written: set[str] = set()
         for goal in target or []:
@@ -81,15 +83,22 @@ def main(
             print(goal, result.chosen.bits_per_value, result.chosen.kl, result.seconds, file=sys.stderr, flush=True)
 
 
-def _sizes(session: Session, bits: list[float], presets: list[str], measured_tokens: int) -> list[dict[str, Any]]:
+def _sizes(
+    session: Session, bits: list[float], presets: list[str], measured_tokens: int, needles: int
+) -> list[dict[str, Any]]:
     """Rows of the same allocation at several sizes and of presets, in one pass over the held-out text."""
     table, _ = sensitivities(session)
     frontier = Frontier(options(table, session.shape, session.settings.per))
     policies: list[tuple[Kind, Policy]] = []
+    found: dict[str, RetrievalResult] = {}
     for size in bits:
         choice = frontier.choose(size_of_bits(session, frontier, size))
         policies.append(("calibrated", policy_of(f"calibrated {size:g}", choice, session.shape)))
         print(size, "predicted KL", loss_of(choice, table), file=sys.stderr, flush=True)
+    if needles:
+        model, tokenizer = session.model, session.loaded.tokenizer
+        exact = needle_score(model, tokenizer, None, needles)
+        found = {policy.name: needle_score(model, tokenizer, policy, needles) for _, policy in policies}
     kinds: dict[str, Kind] = {name: kind for kind, name in OTHER_PRESETS}
     policies += [(kinds.get(name, "uniform"), Policy.from_preset(name)) for name in presets]
     tokens = measured_tokens or session.settings.held_out_tokens
@@ -102,7 +111,12 @@ def _sizes(session: Session, bits: list[float], presets: list[str], measured_tok
     }  # fmt: skip
     ours = {"per": session.settings.per, "tokens": read, "window": session.settings.window,
             "seed": session.settings.seed}  # fmt: skip
-    return [shared | (ours if point.kind == "calibrated" else {}) | _numbers(point) for point in points]
+    rows_of = [shared | (ours if point.kind == "calibrated" else {}) | _numbers(point) for point in points]
+    for row in rows_of:
+        if score := found.get(row["name"]):
+            row |= {"needles": f"{score.exact:.3f}", "needles_16bit": f"{exact.exact:.3f}",
+                    "needle_questions": score.questions}  # fmt: skip
+    return rows_of
 
 
 def _machine(machine: dict[str, Any]) -> dict[str, Any]:
