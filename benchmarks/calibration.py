@@ -7,7 +7,7 @@
 
 The first form tunes each target as `turboattention calibrate` does; the second measures sizes in one pass, untuned. One
 row for each policy that was measured; presets and other sizes once for a model. With --state all targets share the
-sensitivities, and a run that was stopped goes on. --needles asks the sizes for codes hidden in a text of so many tokens.
+sensitivities, and a run that was stopped goes on. --needles asks the sizes for codes hidden in so many tokens of text.
 """
 
 import csv
