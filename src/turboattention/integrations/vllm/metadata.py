@@ -183,20 +183,19 @@ class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ig
             raise UnsupportedError(f"vLLM: a batch of {count} sequences, more than max_num_seqs; use smaller graphs")
         before, after, paged_before, paged_after, counts, rows, sinks, fault, _ = self._numbers[:, :count]
         table = common.block_table_tensor[:count]
-        after.copy_(common.seq_lens[:count])
         torch.sub(common.query_start_loc[1 : count + 1], common.query_start_loc[:count], out=counts)
         # Padding has no tokens, whatever an earlier batch left in its length.
-        after.mul_(counts > 0)
+        torch.mul(common.seq_lens[:count], counts > 0, out=after)
         torch.sub(after, counts, out=before)
         sure = after if self._widest == 1 else before + counts.clamp(max=1)
         for tokens, paged in ((before, paged_before), (sure, paged_after)):
-            torch.div(tokens, PAGE_TOKENS, rounding_mode="floor", out=paged).mul_(PAGE_TOKENS)
+            torch.bitwise_and(tokens, -PAGE_TOKENS, out=paged)  # whole pages
         sinks.copy_(table[:, 0])
         if self._table is None or self._table.shape[-1] != table.shape[1]:
             shape = (self._numbers.shape[1], self.kv_heads, table.shape[1])
             self._table = torch.zeros(shape, dtype=torch.int32, device=self.device)
         pages = self._table[:count]
-        torch.mul(table[:, None].expand_as(pages), self.kv_heads, out=pages).add_(self._heads)
+        torch.add(self._heads, table[:, None], alpha=self.kv_heads, out=pages)
         copies = None
         if self._map is None:
             index = np.full(count, self.spare_row, dtype=np.int32)

@@ -14,7 +14,7 @@ from turboattention.ops.dispatch import without_portable
 from turboattention.policy import ModelShape, Policy
 from turboattention.quant.layout import PageLayout
 
-PAGE_TOKENS = 64  # of a kernel block
+PAGE_TOKENS = 64  # of a kernel block; a power of two
 INTEGRITY_STEPS = 16  # between two verifications of checksums, a debug mode
 SECTION = "turboattention"  # of vLLM's --additional-config
 DTYPES = ("turbo_int4", "turbo_k4v2", "turbo_int2")
