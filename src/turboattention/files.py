@@ -2,7 +2,9 @@
 
 import json
 import os
+import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,29 +74,21 @@ def write_atomic(path: Path, text: str, name: str = "output path") -> None:
 
     Raises InvalidInputError, in which the file is called ``name``.
     """
-    temporary: Path | None = None
+    temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}"
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name[:100]}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        if path.exists():
+            temporary.chmod(path.stat().st_mode & 0o777)
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):  # nothing to remove where nothing could be made
+            temporary.unlink()
         if isinstance(error, OSError):
             raise _unwritable(name, path, error) from error
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _unwritable(name: str, path: Path, error: OSError) -> InvalidInputError:
