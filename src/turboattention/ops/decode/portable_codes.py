@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from turboattention.ops.common.order_triton import token_at
+
 
 @triton.jit
 def column_order(COLUMNS: tl.constexpr, PARTS: tl.constexpr, HOW: tl.constexpr):
@@ -35,8 +37,7 @@ def token_columns(C: tl.constexpr):
     PARTS: tl.constexpr = C.value_parts
     HOW: tl.constexpr = C.value_how
     place, part = column_order(COLUMNS, PARTS, HOW)
-    u = part * COLUMNS + place  # stored order, see `packing.permute_tokens`
-    return (u & ~14) | ((u >> 1) & 1) * 8 | ((u >> 2) & 3) * 2, part
+    return token_at(part * COLUMNS + place), part
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from turboattention.ops.common.order_triton import token_at
 from turboattention.ops.common.paged_kv import PagedGroup, PagedKV
 from turboattention.ops.decode.launch import heads_tensor
 from turboattention.ops.decode.tiles import PortableTile
@@ -69,7 +70,7 @@ def expand_kernel(
                 _store(out_key_ptr + out, out_token, key, token, total, channel, C)
             else:
                 value = _value(data, signs_ptr, channel, C, ROTATE)
-                token = begin + _token(tl.arange(0, C.page))
+                token = begin + token_at(tl.arange(0, C.page))
                 if begin < SINKS:
                     value = _with_sinks(value, sink_value_ptr + sinks, token, sink_token, channel, C, SINKS)
                 _store(out_value_ptr + out, out_token, value, token, total, channel, C)
@@ -78,19 +79,16 @@ def expand_kernel(
             if tail_rows_ptr is not None:
                 tail_row = tl.load(tail_rows_ptr + row).to(tl.int64)
             tail = tail_row * tail_batch + head * tail_head
-            start = tl.load(cu_q_ptr + row)
+            slot, place = token % tail_capacity, tl.load(cu_q_ptr + row) + token - length
+            old, new = token < length, (token >= length) & (token < total)
             if of_value == 0:
-                old = _rows(tail_key_ptr + tail, token % tail_capacity, tail_token, channel, token < length, C)
-                own = _rows(key_ptr + head * key_head, start + token - length, key_token, channel,
-                            (token >= length) & (token < total), C)  # fmt: skip
-                key = tl.where((token < length)[:, None], old.to(own.dtype), own)
-                _store(out_key_ptr + out, out_token, key, token, total, channel, C)
+                key = _rows(key_ptr + head * key_head, place, key_token, channel, new, C)
+                exact = _rows(tail_key_ptr + tail, slot, tail_token, channel, old, C)
+                _store(out_key_ptr + out, out_token, _either(old, exact, key), token, total, channel, C)
             else:
-                old = _rows(tail_value_ptr + tail, token % tail_capacity, tail_token, channel, token < length, C)
-                own = _rows(value_ptr + head * value_head, start + token - length, value_token, channel,
-                            (token >= length) & (token < total), C)  # fmt: skip
-                value = tl.where((token < length)[:, None], old.to(own.dtype), own)
-                _store(out_value_ptr + out, out_token, value, token, total, channel, C)
+                value = _rows(value_ptr + head * value_head, place, value_token, channel, new, C)
+                exact = _rows(tail_value_ptr + tail, slot, tail_token, channel, old, C)
+                _store(out_value_ptr + out, out_token, _either(old, exact, value), token, total, channel, C)
 
 
 @triton.jit
@@ -103,8 +101,14 @@ def _rows(data, row, stride, channel, wanted, C: tl.constexpr):
 @triton.jit
 def _with_sinks(x, sinks, token, stride, channel, C: tl.constexpr, SINKS: tl.constexpr):
     """``x`` with the first SINKS tokens from ``sinks``."""
-    exact = _rows(sinks, token, stride, channel, token < SINKS, C)
-    return tl.where((token < SINKS)[:, None], exact.to(tl.float32), x)
+    first = token < SINKS
+    return _either(first, _rows(sinks, token, stride, channel, first, C), x)
+
+
+@triton.jit
+def _either(which, rows, other):
+    """``rows`` where ``which``, else those of ``other``, in its dtype."""
+    return tl.where(which[:, None], rows.to(other.dtype), other)
 
 
 @triton.jit
@@ -125,12 +129,6 @@ def _code(data, k, COUNT: tl.constexpr, BITS: tl.constexpr):
     else:
         BYTES: tl.constexpr = COUNT * BITS // 8
         return (tl.load(data + k % BYTES).to(tl.int32) >> (k // BYTES * BITS)) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _token(stored):
-    """The token at each place of a row of V's codes (`packing.permute_tokens`)."""
-    return (stored & ~14) | ((stored >> 1) & 1) * 8 | ((stored >> 2) & 3) * 2
 
 
 @triton.jit
@@ -176,7 +174,7 @@ def _key(data, channel, C: tl.constexpr):
 def _value(data, signs_ptr, channel, C: tl.constexpr, ROTATE: tl.constexpr):
     """V of a page, float32 ``[places, len(channel)]``, its tokens in stored order, rotated back."""
     place = tl.arange(0, C.page)
-    token = _token(place)
+    token = token_at(place)
     scale = tl.load(data + C.value_scale + token).to(tl.float32) * (_half(data + C.value_page_scale) * (1.0 / 255.0))
     zero = tl.full([C.page], 0.0, tl.float32)
     if not C.value_symmetric:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from turboattention.ops.common.order_triton import token_at
 from turboattention.ops.common.sample_triton import spread
 from turboattention.ops.prefill.int8 import (
     KEY_SAMPLES,
@@ -178,8 +179,7 @@ def quantise(
         else:
             head = which - heads - kv_heads
             base = _head(v_ptr, head, number, first_k, v_stride_b, v_stride_h, v_stride_t, PACKED)
-            # Stored position 16a + 4c + 2b + d holds token 16a + 8b + 2c + d: read in that order, then transpose.
-            order = (rows & ~14) + ((rows >> 1) & 1) * 8 + ((rows >> 2) & 3) * 2
+            order = token_at(rows)  # read in that order, then transpose
             top_v = SMALLEST
             for half in range(2):
                 x = _tile(base, block * 128 + half * 64 + rows, length_k, channels, real, v_stride_t, v_stride_d)
