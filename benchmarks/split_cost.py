@@ -22,8 +22,6 @@ BATCHES = {
     "one of 16k": (16384,), "8 of 2k": (2048,) * 8, "32 of 8k": (8192,) * 32,
     "ragged, 100 to 8k": (100, 500, 1000, 4000, 8192),
 }  # fmt: skip
-
-
 CALLS = 20  # in one graph
 
 
