@@ -51,7 +51,7 @@ def gluon_variant(
     rows: bool = False,
     **flags: object,
 ) -> list[Variant]:
-    tile = GluonTile.of(layout, ratio, 8)
+    tile = GluonTile.of(layout, ratio)
     constants = {"C": tile, **FLAGS, **flags}
     types = TYPES | dict.fromkeys(ROWS, "*i32") if rows else TYPES
     constants |= {} if rows else dict.fromkeys(ROWS)
@@ -66,7 +66,7 @@ def portable_variant(
     name: str, layout: PageLayout, bound: float, ratio: int = 4, queries: int = 1, how: str = "asm", spills: int = 0,
     where: tuple[tuple[str, ...], ...] = (OLD, NEW), **flags: object,
 ) -> list[Variant]:  # fmt: skip
-    tile = PortableTile.of(layout, ratio, queries, 8, how)
+    tile = PortableTile.of(layout, ratio, queries, how)
     types = {**TYPES, "pool_ptr": "*u8", **dict.fromkeys(("q_query", "ratio", "queries"), "i32")}
     constants = {"C": tile, **FLAGS, "CAUSAL": True, **dict.fromkeys(ROWS), **flags}
     kept = note(layout, tile.rows, bound, spills)

@@ -16,7 +16,7 @@ def expand(name: str, head_dim: int, targets: tuple[str, ...], sinks: int = 1) -
     strides = [f"{x}_{axis}" for x in ("tail", "sink") for axis in ("batch", "head", "token")]
     strides += [f"{x}_{axis}" for x in ("key", "value", "out") for axis in ("token", "head")]
     types |= dict.fromkeys(("table_batch", "table_head", "tail_capacity", *strides), "i32")
-    tile = PortableTile.of(layout, 1, 64, 8, "bytes")
+    tile = PortableTile.of(layout, 1, 64, "bytes")
     constants = {
         "C": tile,
         "COLUMNS": COLUMNS,

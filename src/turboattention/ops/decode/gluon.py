@@ -136,8 +136,8 @@ def decode_kernel(
         if of_pages:
             begin, count = _span(pages, for_pages, index)
             _pages(
-                q_ptr, pool_ptr, table_ptr + far_row * table_batch, kv_head, row, head, lower // 64 + begin, count,
-                lower, part_ptr, lse_ptr, part, q_head, table_head, softcap, qscale, C, PAGED, SOFTCAP,
+                q_ptr, pool_ptr, table_ptr + far_row * table_batch, kv_head, row * (heads // C.head_blocks), head,
+                lower // 64 + begin, count, lower, part_ptr, lse_ptr, part, q_head, table_head, softcap, qscale, C, PAGED, SOFTCAP,
             )  # fmt: skip
         else:
             begin = index * C.exact_tokens
@@ -157,10 +157,13 @@ def decode_kernel(
 
 @gluon.jit
 def _pages(
-    q_ptr, pool_ptr, table_ptr, kv_head, row, head, page0, count, lower, part_ptr, lse_ptr, part, q_head, table_head,
+    q_ptr, pool_ptr, table_ptr, kv_head, first_group, head, page0, count, lower, part_ptr, lse_ptr, part, q_head, table_head,
     softcap, qscale, C: gl.constexpr, PAGED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """Pages ``page0 .. page0 + count`` of one row; tokens before ``lower`` are not seen."""
+    """Pages ``page0 .. page0 + count`` of one row; tokens before ``lower`` are not seen.
+
+    first_group: KV heads of the sequences before, where there is no table.
+    """
     D: gl.constexpr = C.head_dim
     N: gl.constexpr = C.product_columns
     H: gl.constexpr = C.columns
@@ -184,7 +187,7 @@ def _pages(
 
     # Pages in flight first: their latency hides behind the preparation of Q.
     table = table_ptr + group.to(gl.int64) * table_head + page0
-    base = (row * C.groups + group).to(gl.int64) * table_head + page0
+    base = (first_group + group).to(gl.int64) * table_head + page0
     for i in gl.static_range(C.stages - 1):
         if i < count:
             page = gl.load(table + i).to(gl.int64) if PAGED else base + i

@@ -125,10 +125,10 @@ def _launch(
     ratio = q_heads // view.tail_key.shape[1]
     tile: GluonTile | PortableTile
     if gluon:
-        tile = GluonTile.of(group.layout, ratio, len(group.heads))
+        tile = GluonTile.of(group.layout, ratio)
         columns, row_blocks = tile.columns, tile.head_blocks
     else:
-        tile = PortableTile.of(group.layout, ratio, queries, len(group.heads), how)
+        tile = PortableTile.of(group.layout, ratio, queries, how)
         columns, row_blocks = tile.rows, -(-ratio * queries // tile.rows)
     rows = len(group.heads) * row_blocks
     room = group.room if group.table is None else group.table.shape[2]

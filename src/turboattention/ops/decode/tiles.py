@@ -16,16 +16,15 @@ class GluonTile:
 
     ratio: query heads of a KV head. columns: query heads of a program, padded to 4 or 8 (16 would spill registers;
     programs of the same KV head find its pages in the L2 cache). product_columns: of a matrix product; with 4 heads
-    each has two, one for what rounding Q * scale takes away. head_blocks: programs that share a KV head. groups: KV
-    heads of the table. stages: pages in flight and in use. least_pages: of a program. exact_tokens: of a program.
-    resident: programs of a multiprocessor at once, each of one warp.
+    each has two, one for what rounding Q * scale takes away. head_blocks: programs that share a KV head. stages: pages
+    in flight and in use. least_pages: of a program. exact_tokens: of a program. resident: programs of a multiprocessor
+    at once, each of one warp.
     """
 
     head_dim: int
     key_bits: int
     value_bits: int
     ratio: int
-    groups: int
     columns: int
     product_columns: int
     stages: int
@@ -47,7 +46,7 @@ class GluonTile:
     refined_index: int  # in bytes, from the start of the page
 
     @classmethod
-    def of(cls, layout: PageLayout, ratio: int, groups: int) -> "GluonTile":
+    def of(cls, layout: PageLayout, ratio: int) -> "GluonTile":
         """The tile for pages of ``layout``."""
         word = {name: region.offset // 2 for name, region in layout.regions.items()}
         refined = layout.key.refined_channels(layout.head_dim)
@@ -57,7 +56,6 @@ class GluonTile:
             key_bits=layout.key.bits,
             value_bits=layout.value.bits,
             ratio=ratio,
-            groups=groups,
             columns=4 if ratio <= 4 else 8,
             product_columns=8,
             stages=3 if layout.key.bits + layout.value.bits <= 4 else 2,  # small pages
@@ -143,7 +141,6 @@ class PortableTile:
     head_dim: int
     page: int
     rows: int
-    groups: int
     exact_tile: int
     stages: int
     num_warps: int
@@ -174,7 +171,7 @@ class PortableTile:
     refined_codes: int
 
     @classmethod
-    def of(cls, layout: PageLayout, ratio: int, queries: int, groups: int, how: str) -> "PortableTile":
+    def of(cls, layout: PageLayout, ratio: int, queries: int, how: str) -> "PortableTile":
         """The tile for pages of ``layout`` and chunks of ``queries``; how: the fastest way that the device allows."""
         offset = {name: region.offset for name, region in layout.regions.items()}
         refined = layout.key.refined_channels(layout.head_dim)
@@ -187,7 +184,6 @@ class PortableTile:
             head_dim=layout.head_dim,
             page=layout.page_size,
             rows=rows,
-            groups=groups,
             exact_tile=16 if rows <= 16 else 64,
             # Codes are copied two pages ahead, and their place in the table is read two pages before that.
             stages=5 if rows <= 16 and how == "asm" else 1,

@@ -225,7 +225,7 @@ def _launch(
     keys: Tensor, values: Tensor,
 ) -> None:  # fmt: skip
     layout = group.layout
-    tile = PortableTile.of(layout, 1, 64, len(group.heads), "bytes")
+    tile = PortableTile.of(layout, 1, 64, "bytes")
     sinks = 0 if prefix.sink_key is None else prefix.sink_key.shape[2]
     sink_key, sink_value = (
         prefix.tail_key if x is None else x for x in (prefix.sink_key, prefix.sink_value)
