@@ -13,6 +13,7 @@ from torch import Tensor
 
 from turboattention.evaluation.caches import attention_of, finish, held_bytes, held_values, make_cache
 from turboattention.evaluation.divergence import kl_divergence, negative_log_likelihood, same_top_token
+from turboattention.evaluation.forms import compile_forms
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -61,7 +62,7 @@ def stream(
     """Teacher-forced pass: every token but the last of a window is fed, and each predicts the next.
 
     windows: int64 ``[rows, tokens + 1]``.
-    progress: called after every chunk of every cache.
+    progress: called after every chunk of every cache, on a GPU also while kernels are compiled.
     """
     windows = windows.to(model.device)
     tokens = windows.shape[1] - 1
@@ -71,6 +72,10 @@ def stream(
     same: list[list[Tensor]] = [[] for _ in caches]
     starts = range(0, tokens, chunk)
     done, total = 0, len(starts) * len(caches)
+    if model.device.type == "cuda":
+        if progress is not None:
+            progress(done, total, "kernels")
+        compile_forms(model, policies, len(windows), chunk)
     for start in starts:
         stop = min(start + chunk, tokens)
         targets = windows[:, start + 1 : stop + 1]

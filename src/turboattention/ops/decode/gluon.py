@@ -137,7 +137,8 @@ def decode_kernel(
             begin, count = _span(pages, for_pages, index)
             _pages(
                 q_ptr, pool_ptr, table_ptr + far_row * table_batch, kv_head, row * (heads // C.head_blocks), head,
-                lower // 64 + begin, count, lower, part_ptr, lse_ptr, part, q_head, table_head, softcap, qscale, C, PAGED, SOFTCAP,
+                lower // 64 + begin, count, lower, part_ptr, lse_ptr, part, q_head, table_head, softcap, qscale,
+                C, PAGED, SOFTCAP,
             )  # fmt: skip
         else:
             begin = index * C.exact_tokens
@@ -157,8 +158,8 @@ def decode_kernel(
 
 @gluon.jit
 def _pages(
-    q_ptr, pool_ptr, table_ptr, kv_head, first_group, head, page0, count, lower, part_ptr, lse_ptr, part, q_head, table_head,
-    softcap, qscale, C: gl.constexpr, PAGED: gl.constexpr, SOFTCAP: gl.constexpr,
+    q_ptr, pool_ptr, table_ptr, kv_head, first_group, head, page0, count, lower, part_ptr, lse_ptr, part, q_head,
+    table_head, softcap, qscale, C: gl.constexpr, PAGED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Pages ``page0 .. page0 + count`` of one row; tokens before ``lower`` are not seen.
 

@@ -100,8 +100,8 @@ def attend_kernel(
             page0 = lower // PAGE + begin
             _pages(
                 q_rows, pool_ptr, table_ptr + far_row * table_batch + group.to(tl.int64) * table_head + page0,
-                (row * (heads // row_blocks) + group).to(tl.int64) * table_head + page0, page0, count, lower, oldest, newest,
-                length - queries if CAUSAL else length, real, part_ptr, lse_ptr, part, softcap, qscale,
+                (row * (heads // row_blocks) + group).to(tl.int64) * table_head + page0, page0, count, lower,
+                oldest, newest, length - queries if CAUSAL else length, real, part_ptr, lse_ptr, part, softcap, qscale,
                 C, PAGED, WINDOW, SOFTCAP,
             )  # fmt: skip
         else:
