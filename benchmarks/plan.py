@@ -155,14 +155,20 @@ def comparison() -> list[dict[str, Any]]:
     """Predictions beside vLLM's rows: time of an output token, prompt tokens a second, tokens that fit."""
     calibration, gpus = load_calibration(), load_gpus()
     forms = {form.name: form for form in all_forms() if form.serves}
+    cases = [(gpus[name], row) for name in SERVED_ROWS for row in serving_rows(name)]
+    # An engine that gave two rows, one of fewer and longer requests (`--long`), keeps open pages for the more.
+    most: dict[tuple[str, str], int] = {}
+    for _, row in cases:
+        engine = row["kv"], row["date"]
+        most[engine] = max(most.get(engine, 0), int(row["requests"]))
     found = []
-    for gpu, row in ((gpus[name], row) for name in SERVED_ROWS for row in serving_rows(name)):
+    for gpu, row in cases:
         form, model = forms[SERVED[row["kv"]]], shape(int(row["layers"]))
         tokens, requests = int(row["prompt_tokens"]), int(row["requests"])
         one, two = (sequence_bytes(form, model, n * 6400) for n in (1, 2))
         room = gpu.memory_bytes * MEMORY_SHARE - 2 * model.parameters - calibration.reserve_bytes
         # Open pages are taken beforehand, a row for each request and one for padding.
-        fixed = (2 * one - two) * (requests + 1)
+        fixed = (2 * one - two) * (most[row["kv"], row["date"]] + 1)
         found.append({
             "gpu": gpu.name, "form": form.name, "layers": model.layers, "requests": requests, "tokens": tokens,
             "date": row["date"], "ms": measured_ms(row), "predicted_ms": predicted(form, model, gpu, calibration, row),
