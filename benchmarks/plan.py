@@ -9,17 +9,18 @@ Of rows of the same case the newest counts.
 import argparse
 import csv
 import json
+import math
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from turboattention.planning.calibration import Calibration, Fit, load_calibration
 from turboattention.planning.gpu import Gpu, load_gpus
-from turboattention.planning.kv_bytes import BF16, FP8, Form, all_forms, sequence_bytes
+from turboattention.planning.kv_bytes import BF16, FP8, Form, all_forms, read_bytes, sequence_bytes
 from turboattention.planning.model import ModelFacts, read_model
 from turboattention.planning.roofline import decode_step, prompt_flops, prompt_seconds
 
@@ -29,7 +30,7 @@ from vllm_serving import OUTPUT, llama
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TARGET = ROOT / "src" / "turboattention" / "planning" / "calibration.json"
-GPU = "H100"  # the card whose rows give the numbers
+GPU = "H100"  # the card whose rows give the numbers, but for the rest of a layer and FP8: of all rows
 SERVED_ROWS = {GPU: "vllm_h100.csv", "H200": "vllm_h200.csv"}
 MEMORY_SHARE = 0.6  # what benchmarks/vllm_serving.py gives to vLLM
 # In rows of our pages older than this each step waited for the card, a fault since mended: they are left out.
@@ -113,8 +114,10 @@ def fit() -> dict[str, Any]:
     plain = {form.name: form for form in (BF16, FP8)}
 
     # vLLM's own caches alone: the rows of our pages are there to test the prediction.
-    served = [r for r in serving_rows() if SERVED[r["kv"]] in plain]
-    long = [r for r in served if int(r["prompt_tokens"]) >= SHORT]
+    gpus = load_gpus()
+    served = [(gpus[name], r) for name in SERVED_ROWS for r in serving_rows(name)
+              if SERVED[r["kv"]] in plain and int(r["prompt_tokens"]) >= SHORT]  # fmt: skip
+    long = [r for card, r in served if card.name == GPU]
     # The fastest step of any cache on any card: at 2, 3 and 4 bits steps take as long, so that it is not the card's.
     fastest = min((r for name in SERVED_ROWS for r in serving_rows(name)), key=measured_ms)
     start = Calibration(GPU, attention, unit, append_us, 0.0, 0.0, 1.0, 0, ())
@@ -122,21 +125,36 @@ def fit() -> dict[str, Any]:
         prompt_flops(shape(int(r["layers"])), int(r["prompt_tokens"])) / int(r["prompt_tokens"])
         * float(r["prefill_tokens_per_s"]) / (gpu.dense_tflops or 0) / 1e12 for r in long
     )  # fmt: skip
-    layer = statistics.mean(
-        (measured_ms(r) - predicted(plain[SERVED[r["kv"]]], shape(int(r["layers"])), gpu, start, r))
-        * 1e3
-        / int(r["layers"])
-        for r in long
-    )
+    layer = statistics.mean(missing_us(r, BF16, card, start) for card, r in served if r["kv"] == "auto")
+    attention["fp8"] = replace(attention["fp8"], flops_per_value=round(statistics.mean(
+        flops_per_value(r, card, replace(start, layer_us=layer)) for card, r in served if r["kv"] == "fp8"
+    ), 1))  # fmt: skip
     reserve = statistics.mean(left(r, gpu, plain[SERVED[r["kv"]]]) for r in long)
     sources = [f"benchmarks/results/operators_h100.csv: {len(ours)} decode and {len(append)} append rows"]
-    sources += [f"benchmarks/results/vllm_h100.csv: kv {r['kv']}, {r['layers']} layers, {r['requests']} requests of "
-                f"{r['prompt_tokens']} tokens, {r['date']}" for r in served]  # fmt: skip
+    sources += [f"benchmarks/results/{SERVED_ROWS[card.name]}: kv {r['kv']}, {r['layers']} layers, {r['requests']} "
+                f"requests of {r['prompt_tokens']} tokens, {r['date']}" for card, r in served]  # fmt: skip
     sources.append(f"the host: kv {fastest['kv']}, {fastest['layers']} layers, {fastest['device']}, {fastest['date']}")
     return asdict(Calibration(
         GPU, attention, round(unit, 4), round(append_us, 2), round(layer, 1), round(measured_ms(fastest), 2),
         round(prefill, 3), round(reserve), tuple(sources),
     ))  # fmt: skip
+
+
+def missing_us(row: dict[str, str], form: Form, gpu: Gpu, calibration: Calibration) -> float:
+    """What a layer takes beyond the prediction."""
+    model = shape(int(row["layers"]))
+    return (measured_ms(row) - predicted(form, model, gpu, calibration, row)) * 1e3 / model.layers
+
+
+def flops_per_value(row: dict[str, str], gpu: Gpu, calibration: Calibration) -> float:
+    """Dense operations that pass for each value of an FP8 cache, beyond the latency of attention."""
+    model = shape(int(row["layers"]))
+    nothing = Fit(0.0, math.inf, 0)
+    attention = {**calibration.attention, FP8.name: nothing}
+    seconds = missing_us(row, FP8, gpu, replace(calibration, attention=attention)) / 1e6
+    values = int(row["requests"]) * read_bytes(FP8, model, middle(row), None)  # a byte each
+    seconds -= calibration.attention[FP8.name].latency_us / 1e6
+    return seconds * (gpu.dense_tflops or 0) * 1e12 / values
 
 
 def left(row: dict[str, str], gpu: Gpu, form: Form) -> float:

@@ -118,10 +118,7 @@ def test_caches_that_cannot_be_compressed_are_refused(config: dict[str, Any], wo
 
 
 def test_times_are_within_a_fifth_of_vllm(benchmark: ModuleType) -> None:
-    """Of the rows in the repository, as docs/planning.md shows them; sizes within 1 %, prompts within 10 %.
-
-    Numbers come from the H100; on the H200, which is predicted from its data sheet, a quarter.
-    """
+    """Of the rows in the repository, as docs/planning.md shows them; sizes within 1 %, prompts within 10 %."""
     rows = benchmark.comparison()
     for card in ("H100", "H200"):
         assert {row["form"] for row in rows if row["gpu"] == card} >= {"bf16", "fp8", "turbo_int4"}
@@ -130,7 +127,7 @@ def test_times_are_within_a_fifth_of_vllm(benchmark: ModuleType) -> None:
         assert row["predicted_fits"] == pytest.approx(row["fits"], rel=0.01), case
         if row["prefill"] is not None:
             assert row["predicted_prefill"] == pytest.approx(row["prefill"], rel=0.1), case
-        assert row["predicted_ms"] == pytest.approx(row["ms"], rel=0.2 if row["gpu"] == "H100" else 0.25), case
+        assert row["predicted_ms"] == pytest.approx(row["ms"], rel=0.2), case
 
 
 def test_the_calibration_file_is_that_of_the_rows(benchmark: ModuleType) -> None:
@@ -141,7 +138,7 @@ def test_the_calibration_file_is_that_of_the_rows(benchmark: ModuleType) -> None
         assert stored[name] == pytest.approx(found[name], rel=0.1), f"{name}: {hint}"
     assert stored["attention"].keys() == found["attention"].keys()
     for form, fit in stored["attention"].items():
-        for name in ("latency_us", "share_of_bandwidth"):
+        for name in ("latency_us", "share_of_bandwidth", "flops_per_value"):
             assert fit[name] == pytest.approx(found["attention"][form][name], rel=0.1), f"{form} {name}: {hint}"
 
 
@@ -155,6 +152,13 @@ def test_the_roofline(llama: ModelFacts) -> None:
     assert ms(BF16, 32, 32768) > ms(FP8, 32, 32768) > ms(ours, 32, 32768)
     assert ms(BF16, 1, 64) <= ms(ours, 1, 64)  # nothing is gained there
     assert ms(BF16, 8, 8192, replace(gpu, bandwidth_gbs=2 * gpu.bandwidth_gbs)) < ms(BF16, 8, 8192)
+    # An FP8 cache is converted value by value: more bandwidth than the H200's makes that no faster.
+    slow, fast = (replace(load_gpus()["H200"], bandwidth_gbs=x) for x in (4800, 9600))
+    gains = [ms(form, 32, 32768, slow) - ms(form, 32, 32768, fast) for form in (BF16, FP8)]
+    share = measured.attention["bf16"].share_of_bandwidth
+    weights = llama.active_parameters(32) * 2 * (1 / slow.bandwidth - 1 / fast.bandwidth) / share * 1e3
+    assert gains[1] == pytest.approx(weights)
+    assert gains[0] > 3 * weights
     # Weights are read once for a batch: twice the batch at an empty cache takes hardly longer.
     assert ms(BF16, 2, 1) < 1.02 * ms(BF16, 1, 1)
 

@@ -9,11 +9,16 @@ from turboattention.planning.kv_bytes import Form
 
 @dataclass(frozen=True)
 class Fit:
-    """Time of attention over a layer's cache: latency_us + bytes / (share_of_bandwidth x the card's bandwidth)."""
+    """Time of attention over a layer's cache: latency_us + bytes / (share_of_bandwidth x the card's bandwidth).
+
+    flops_per_value: so many of the card's dense 16-bit operations pass for each value of K and V, where that is longer
+    than reading it: an FP8 cache must be converted. rows: that it was fitted to.
+    """
 
     latency_us: float
     share_of_bandwidth: float
-    rows: int  # that it was fitted to
+    rows: int
+    flops_per_value: float = 0.0
 
 
 @dataclass(frozen=True)

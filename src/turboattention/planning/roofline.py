@@ -6,8 +6,9 @@ longer), and in each layer reads the cache of every sequence and does the rest (
     step  = max(host, max(weights / bandwidth, flops / compute)
                       + layers * (rest + latency + cache / bandwidth [+ append]))
 
-Bandwidth and compute are the card's data sheet times shares measured on one card; latencies are taken over as they
-are. The prompt is compute alone.
+Bandwidth and compute are the card's data sheet times measured shares; latencies are taken over as they are. Where the
+kernel has more to do for each value than to read it (FP8), compute takes the place of the cache's bandwidth. The prompt
+is compute alone.
 """
 
 from typing import NamedTuple
@@ -64,9 +65,11 @@ def _attention(
     window: int | None,
 ) -> float:  # fmt: skip
     """Seconds of one layer."""
-    reading = batch * read_bytes(form, model, tokens, window) / (gpu.bandwidth * fit.share_of_bandwidth)
+    read = batch * read_bytes(form, model, tokens, window)
+    reading = read / (gpu.bandwidth * fit.share_of_bandwidth)
     if form.kind == "plain" or window is not None:
-        return fit.latency_us * 1e-6 + reading
+        working = read * 8 / form.bits * fit.flops_per_value / (_tflops(gpu) * 1e12)
+        return fit.latency_us * 1e-6 + max(reading, working)
     units = batch * model.kv_heads * calibration.unit_us * 1e-6
     return (fit.latency_us + calibration.append_us) * 1e-6 + max(reading, units)
 
