@@ -25,8 +25,8 @@ from vllm.v1.attention.backends import registry
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from turboattention.integrations.vllm.backend import CpuTurboAttentionBackend, TurboAttentionBackend
+from turboattention.integrations.vllm.builder import TurboMetadataBuilder
 from turboattention.integrations.vllm.impl import TurboAttentionImpl
-from turboattention.integrations.vllm.metadata import TurboMetadataBuilder
 
 
 def parameters(function: Any) -> list[str]:

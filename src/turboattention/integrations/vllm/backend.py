@@ -9,9 +9,9 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVQuantMode
 
 from turboattention.checks import SUPPORTED_HEAD_DIMS
+from turboattention.integrations.vllm.builder import TurboMetadataBuilder
 from turboattention.integrations.vllm.delegate import PLAIN_DTYPES, builder_class, impl_class, is_ours
 from turboattention.integrations.vllm.impl import SLIDING_HINT, TurboAttentionImpl
-from turboattention.integrations.vllm.metadata import TurboMetadataBuilder
 from turboattention.integrations.vllm.plugin import BACKEND, CPU_DTYPE
 from turboattention.integrations.vllm.settings import (
     DTYPES,

@@ -12,12 +12,14 @@ from turboattention.errors import UnsupportedError
 from turboattention.integrations.vllm.chunks import attend_chunks
 from turboattention.integrations.vllm.drafts import Drafts, append_drafts, tail_capacity
 from turboattention.integrations.vllm.integrity import BlockChecksums
-from turboattention.integrations.vllm.metadata import Lengths, TurboMetadata, draft_tokens, pool_rows
+from turboattention.integrations.vllm.metadata import Lengths, TurboMetadata
 from turboattention.integrations.vllm.pool import OpenPages
 from turboattention.integrations.vllm.settings import (
     PAGE_TOKENS,
     check_model,
+    draft_tokens,
     page_layout,
+    pool_rows,
     remember,
     resolve_integrity,
     resolve_policy,

@@ -18,6 +18,7 @@ PAGE_TOKENS = 64  # of a kernel block; a power of two
 INTEGRITY_STEPS = 16  # between two verifications of checksums, a debug mode
 SECTION = "turboattention"  # of vLLM's --additional-config
 DTYPES = ("turbo_int4", "turbo_k4v2", "turbo_int2")
+OLD_RUNNER_SPARE = 4  # rows for each sequence of the older runner, whose rows are found again by their blocks
 
 
 class _Engine:
@@ -152,3 +153,22 @@ def page_layout(policy_cache: Any, head_dim: int) -> PageLayout:
     if reason:
         raise UnsupportedError(f"vLLM: {reason}; use a turbo preset or int8")
     return layout
+
+
+def has_stable_rows(vllm_config: Any) -> bool:
+    """Whether the runner says which row of its state each sequence has (Model Runner V2)."""
+    from vllm.platforms import current_platform
+
+    return bool(getattr(vllm_config, "use_v2_model_runner", False)) and not current_platform.is_cpu()
+
+
+def pool_rows(vllm_config: Any) -> int:
+    """Rows of the open-page pool: one for each sequence and one for padding."""
+    sequences = int(vllm_config.scheduler_config.max_num_seqs)
+    return (sequences if has_stable_rows(vllm_config) else OLD_RUNNER_SPARE * sequences) + 1
+
+
+def draft_tokens(vllm_config: Any) -> int:
+    """Draft tokens of a sequence in a step, 0 without speculative decoding."""
+    chosen = vllm_config.speculative_config
+    return 0 if chosen is None else int(chosen.num_speculative_tokens or 0)
