@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from turboattention.planning.calibration import Calibration, Fit, load_calibrati
 from turboattention.planning.gpu import Gpu, load_gpus
 from turboattention.planning.kv_bytes import BF16, FP8, Form, all_forms, read_bytes, sequence_bytes
 from turboattention.planning.model import ModelFacts, read_model
-from turboattention.planning.roofline import decode_step, prompt_flops, prompt_seconds
+from turboattention.planning.roofline import decode_step, exchange_bytes, prompt_flops, prompt_seconds
 
 sys.path.insert(0, str(Path(__file__).parent))
 from vllm_serving import OUTPUT, llama
@@ -30,8 +31,8 @@ from vllm_serving import OUTPUT, llama
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TARGET = ROOT / "src" / "turboattention" / "planning" / "calibration.json"
-GPU = "H100"  # the card whose rows give the numbers, but for the rest of a layer and FP8: of all rows
-SERVED_ROWS = {GPU: "vllm_h100.csv", "H200": "vllm_h200.csv"}
+GPU = "H100"  # the card whose rows give the numbers, but for the rest of a layer, FP8 and several cards
+SERVED_ROWS = {GPU: ("vllm_h100.csv",), "H200": ("vllm_h200.csv", "vllm_h200x2.csv")}
 MEMORY_SHARE = 0.6  # what benchmarks/vllm_serving.py gives to vLLM
 # In rows of our pages older than this each step waited for the card, a fault since mended: they are left out.
 MENDED = "2026-11-25T15:00"
@@ -54,10 +55,13 @@ def newest(rows: Iterable[dict[str, str]], *case: str) -> list[dict[str, str]]:
 
 def serving_rows(gpu: str = GPU) -> list[dict[str, str]]:
     """Rows of caches that are planned, with graphs and without a watch, the newest of each case; `fill` has no step."""
-    rows = [row for row in read(SERVED_ROWS[gpu]) if row["graphs"] == "True" and row["tpot_ms"] and not row["watch"]]
-    rows = [row for row in rows if row["kv"] in SERVED]
-    rows = [row for row in rows if row["kv"] in ("auto", "fp8") or row["date"] >= MENDED]
-    return newest(rows, "kv", "layers", "requests", "prompt_tokens")
+    found = []
+    for name in SERVED_ROWS[gpu]:
+        rows = [row | {"file": name} for row in read(name) if row["graphs"] == "True" and row["tpot_ms"]]
+        rows = [row for row in rows if row["kv"] in SERVED and not row["watch"]]
+        rows = [row for row in rows if row["kv"] in ("auto", "fp8") or row["date"] >= MENDED]
+        found += newest(rows, "kv", "layers", "requests", "prompt_tokens")
+    return found
 
 
 def measured_ms(row: dict[str, str]) -> float:
@@ -68,7 +72,21 @@ def measured_ms(row: dict[str, str]) -> float:
     return statistics.median(runs[1:] or runs)
 
 
-def shape(layers: int) -> ModelFacts:
+def noise_ms(row: dict[str, str]) -> float:
+    """What a single run can be off by: a step is the difference of two jobs, each of which varies by 0.3 % (``prefill_all``)."""
+    if row["runs"] != "1" or not row["step_ms"]:
+        return 0.0
+    job = int(row["requests"]) * int(row["prompt_tokens"]) / float(row["prefill_tokens_per_s"])
+    return math.sqrt(2) * 0.003 * job / (OUTPUT - 1) * 1e3
+
+
+def shape(row: dict[str, str]) -> ModelFacts:
+    """What a card of a row of `vllm_serving.py` has of its model."""
+    return whole_model(int(row["layers"])).split(int(row.get("ranks") or 1))
+
+
+@lru_cache
+def whole_model(layers: int) -> ModelFacts:
     """The model of `vllm_serving.py`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(llama(layers)))
@@ -115,40 +133,47 @@ def fit() -> dict[str, Any]:
 
     # vLLM's own caches alone: the rows of our pages are there to test the prediction.
     gpus = load_gpus()
-    served = [(gpus[name], r) for name in SERVED_ROWS for r in serving_rows(name)
-              if SERVED[r["kv"]] in plain and int(r["prompt_tokens"]) >= SHORT]  # fmt: skip
+    every = [(gpus[name], r) for name in SERVED_ROWS for r in serving_rows(name)
+             if SERVED[r["kv"]] in plain and int(r["prompt_tokens"]) >= SHORT]  # fmt: skip
+    served, shared = ([(card, r) for card, r in every if (shape(r).ranks > 1) == several] for several in (False, True))
     long = [r for card, r in served if card.name == GPU]
     # The fastest step of any cache on any card: at 2, 3 and 4 bits steps take as long, so that it is not the card's.
     fastest = min((r for name in SERVED_ROWS for r in serving_rows(name)), key=measured_ms)
-    start = Calibration(GPU, attention, unit, append_us, 0.0, 0.0, 1.0, 0, ())
+    start = Calibration(GPU, attention, unit, append_us, 0.0, 0.0, 1.0, 0.0, 1.0, 0, 0, ())
     prefill = statistics.mean(
-        prompt_flops(shape(int(r["layers"])), int(r["prompt_tokens"])) / int(r["prompt_tokens"])
+        prompt_flops(shape(r), int(r["prompt_tokens"])) / int(r["prompt_tokens"])
         * float(r["prefill_tokens_per_s"]) / (gpu.dense_tflops or 0) / 1e12 for r in long
     )  # fmt: skip
     layer = statistics.mean(missing_us(r, BF16, card, start) for card, r in served if r["kv"] == "auto")
     attention["fp8"] = replace(attention["fp8"], flops_per_value=round(statistics.mean(
         flops_per_value(r, card, replace(start, layer_us=layer)) for card, r in served if r["kv"] == "fp8"
     ), 1))  # fmt: skip
+    alone = replace(start, layer_us=layer, prefill_share=prefill, link_share=math.inf)
+    link = 1 / statistics.mean(slowness(r, card, alone) for card, r in shared)
+    alone = replace(alone, link_share=link)
+    exchange = statistics.mean(missing_us(r, plain[SERVED[r["kv"]]], card, alone) / 2 for card, r in shared)
     reserve = statistics.mean(left(r, gpu, plain[SERVED[r["kv"]]]) for r in long)
+    more = statistics.mean(left(r, card, plain[SERVED[r["kv"]]]) for card, r in shared) - reserve
     sources = [f"benchmarks/results/operators_h100.csv: {len(ours)} decode and {len(append)} append rows"]
-    sources += [f"benchmarks/results/{SERVED_ROWS[card.name]}: kv {r['kv']}, {r['layers']} layers, {r['requests']} "
-                f"requests of {r['prompt_tokens']} tokens, {r['date']}" for card, r in served]  # fmt: skip
+    sources += [f"benchmarks/results/{r['file']}: kv {r['kv']}, {r['layers']} layers, {r['requests']} requests of "
+                f"{r['prompt_tokens']} tokens, {r['date']}" for _, r in every]  # fmt: skip
     sources.append(f"the host: kv {fastest['kv']}, {fastest['layers']} layers, {fastest['device']}, {fastest['date']}")
     return asdict(Calibration(
         GPU, attention, round(unit, 4), round(append_us, 2), round(layer, 1), round(measured_ms(fastest), 2),
-        round(prefill, 3), round(reserve), tuple(sources),
+        round(prefill, 3), round(exchange, 2), round(link, 3), round(more), round(reserve),
+        tuple(sources),
     ))  # fmt: skip
 
 
 def missing_us(row: dict[str, str], form: Form, gpu: Gpu, calibration: Calibration) -> float:
     """What a layer takes beyond the prediction."""
-    model = shape(int(row["layers"]))
+    model = shape(row)
     return (measured_ms(row) - predicted(form, model, gpu, calibration, row)) * 1e3 / model.layers
 
 
 def flops_per_value(row: dict[str, str], gpu: Gpu, calibration: Calibration) -> float:
     """Dense operations that pass for each value of an FP8 cache, beyond the latency of attention."""
-    model = shape(int(row["layers"]))
+    model = shape(row)
     nothing = Fit(0.0, math.inf, 0)
     attention = {**calibration.attention, FP8.name: nothing}
     seconds = missing_us(row, FP8, gpu, replace(calibration, attention=attention)) / 1e6
@@ -157,9 +182,17 @@ def flops_per_value(row: dict[str, str], gpu: Gpu, calibration: Calibration) -> 
     return seconds * (gpu.dense_tflops or 0) * 1e12 / values
 
 
+def slowness(row: dict[str, str], gpu: Gpu, calibration: Calibration) -> float:
+    """The link's data-sheet speed over that of the exchanges in a prompt."""
+    model, tokens = shape(row), int(row["prompt_tokens"])
+    seconds = tokens / float(row["prefill_tokens_per_s"]) - prompt_seconds(model, gpu, calibration, tokens)
+    sent = 2 * model.layers * exchange_bytes(model, tokens)
+    return seconds * (gpu.link_gbs or 0) * 1e9 / sent
+
+
 def left(row: dict[str, str], gpu: Gpu, form: Form) -> float:
     """Memory that vLLM gave neither to weights nor to the cache."""
-    model = shape(int(row["layers"]))
+    model = shape(row)
     tokens = int(row["kv_tokens"])
     return gpu.memory_bytes * MEMORY_SHARE - 2 * model.parameters - sequence_bytes(form, model, tokens)
 
@@ -181,15 +214,16 @@ def comparison() -> list[dict[str, Any]]:
         most[engine] = max(most.get(engine, 0), int(row["requests"]))
     found = []
     for gpu, row in cases:
-        form, model = forms[SERVED[row["kv"]]], shape(int(row["layers"]))
+        form, model = forms[SERVED[row["kv"]]], shape(row)
         tokens, requests = int(row["prompt_tokens"]), int(row["requests"])
         one, two = (sequence_bytes(form, model, n * 6400) for n in (1, 2))
-        room = gpu.memory_bytes * MEMORY_SHARE - 2 * model.parameters - calibration.reserve_bytes
+        room = gpu.memory_bytes * MEMORY_SHARE - 2 * model.parameters - calibration.reserved(model.ranks)
         # Open pages are taken beforehand, a row for each request and one for padding.
         fixed = (2 * one - two) * (most[row["kv"], row["date"]] + 1)
         found.append({
-            "gpu": gpu.name, "form": form.name, "layers": model.layers, "requests": requests, "tokens": tokens,
-            "date": row["date"], "ms": measured_ms(row), "predicted_ms": predicted(form, model, gpu, calibration, row),
+            "gpu": gpu.name, "cards": model.ranks, "form": form.name, "layers": model.layers, "requests": requests,
+            "tokens": tokens, "date": row["date"], "noise_ms": noise_ms(row), "ms": measured_ms(row),
+            "predicted_ms": predicted(form, model, gpu, calibration, row),
             # Short prompts all at once are another measurement: the host and launches, not compute.
             "prefill": float(row["prefill_tokens_per_s"]) if tokens >= SHORT else None,
             "predicted_prefill": tokens / prompt_seconds(model, gpu, calibration, tokens),
@@ -210,7 +244,8 @@ def compare() -> None:
             (x["fits"], x["predicted_fits"], ",.0f"),
         )]  # fmt: skip
         case = f"{x['layers']}, {x['requests']}, {x['tokens']:,}"
-        print(f"| {x['gpu']} | `{x['form']}` | {case} | " + " | ".join(cells) + " |")
+        card = f"{x['cards']} x {x['gpu']}" if x["cards"] > 1 else x["gpu"]
+        print(f"| {card} | `{x['form']}` | {case} | " + " | ".join(cells) + " |")
 
 
 def main() -> int:

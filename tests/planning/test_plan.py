@@ -118,23 +118,36 @@ def test_caches_that_cannot_be_compressed_are_refused(config: dict[str, Any], wo
 
 
 def test_times_are_within_a_fifth_of_vllm(benchmark: ModuleType) -> None:
-    """Of the rows in the repository, as docs/planning.md shows them; sizes within 1 %, prompts within 10 %."""
+    """Of the rows in the repository, as docs/planning.md shows them; sizes within 1 %, prompts within 10 %.
+
+    A single run of long prompts can't tell more than its noise.
+    """
     rows = benchmark.comparison()
     for card in ("H100", "H200"):
         assert {row["form"] for row in rows if row["gpu"] == card} >= {"bf16", "fp8", "turbo_int4"}
     for row in rows:
-        case = (row["gpu"], row["form"], row["layers"], row["requests"], row["tokens"])
+        case = (row["gpu"], row["cards"], row["form"], row["layers"], row["requests"], row["tokens"])
         assert row["predicted_fits"] == pytest.approx(row["fits"], rel=0.01), case
         if row["prefill"] is not None:
             assert row["predicted_prefill"] == pytest.approx(row["prefill"], rel=0.1), case
-        assert row["predicted_ms"] == pytest.approx(row["ms"], rel=0.2), case
+        assert row["predicted_ms"] == pytest.approx(row["ms"], rel=0.2, abs=row["noise_ms"]), case
 
 
 def test_the_calibration_file_is_that_of_the_rows(benchmark: ModuleType) -> None:
     """Within a tenth: new rows need not be fitted at once, but a file that has gone stale is found."""
     stored, found = asdict(load_calibration()), benchmark.fit()
     hint = "new rows changed the numbers: run python benchmarks/plan.py fit"
-    for name in ("unit_us", "append_us", "layer_us", "host_ms", "prefill_share", "reserve_bytes"):
+    for name in (
+        "unit_us",
+        "append_us",
+        "layer_us",
+        "host_ms",
+        "prefill_share",
+        "exchange_us",
+        "link_share",
+        "shared_bytes",
+        "reserve_bytes",
+    ):
         assert stored[name] == pytest.approx(found[name], rel=0.1), f"{name}: {hint}"
     assert stored["attention"].keys() == found["attention"].keys()
     for form, fit in stored["attention"].items():
@@ -161,6 +174,37 @@ def test_the_roofline(llama: ModelFacts) -> None:
     assert gains[0] > 3 * weights
     # Weights are read once for a batch: twice the batch at an empty cache takes hardly longer.
     assert ms(BF16, 2, 1) < 1.02 * ms(BF16, 1, 1)
+
+
+def test_cards_that_share_every_layer(llama: ModelFacts) -> None:
+    """Half of everything on each of two cards, sums between them in every layer; cost and energy are those of both."""
+    gpu, measured = load_gpus()["H200"], load_calibration()
+    half = llama.split(2)
+    assert (half.kv_heads, half.query_heads, half.parameters) == (4, 16, llama.parameters // 2)
+    assert (llama.split(16).kv_heads, llama.split(16).query_heads) == (1, 2)  # each KV head on two cards
+    for ranks in (0, 3, 64):
+        with pytest.raises(InvalidInputError, match="tensor_parallel_size: expected a number of cards that can share"):
+            llama.split(ranks)
+    quick = replace(measured, exchange_us=0.0, link_share=1e9)
+    steps = [decode_step(BF16, half, gpu, numbers, 32, 8192, 16).ms for numbers in (measured, quick)]
+    sending = 32 * 4096 * 2 / (450e9 * measured.link_share)  # two cards: all of it once
+    assert steps[0] - steps[1] == pytest.approx(64 * (measured.exchange_us / 1e3 + sending * 1e3))
+    one, two = (plan(llama, gpu, Workload(tensor_parallel_size=n)) for n in (1, 2))
+    assert (two.cards, two.parameters, two.kv_heads) == (2, llama.parameters, 8)
+    assert two.weight_bytes == pytest.approx(one.weight_bytes)
+    assert two.free_bytes > 2 * one.free_bytes
+    assert [form.name for form in two.forms] == [form.name for form in one.forms if form.runs_in == "vLLM"]
+    for single, double in zip(one.forms, two.forms, strict=False):
+        assert double.sequence_bytes == pytest.approx(single.sequence_bytes, rel=1e-3)
+        assert double.largest_batch > 2 * single.largest_batch
+        if single.own is not None:
+            assert double.own is not None
+            assert 1.3 < double.own.tokens_per_s / single.own.tokens_per_s < 2.2
+            assert double.own.kwh_per_million == pytest.approx(2e6 * 0.7 / 3600 / double.own.tokens_per_s)
+    assert any("2 cards share every layer. What they send" in note for note in two.notes)
+    assert any("each KV head is held 2 times" in x for x in plan(llama, gpu, Workload(tensor_parallel_size=16)).notes)
+    lonely = plan(llama, replace(gpu, link_gbs=None), Workload(tensor_parallel_size=2)).forms
+    assert {form.why_no_speed for form in lonely} == {"link_gbs of the card is not known"}
 
 
 def test_a_plan_holds_what_its_parts_say(llama: ModelFacts) -> None:
@@ -204,7 +248,7 @@ def test_other_cards(llama: ModelFacts) -> None:
     host = plan(llama, table["EPYC9654"])
     assert {form.own for form in host.forms} == {None}
     assert host.gains == ()
-    with pytest.raises(InvalidInputError, match="use --weight-bits 8 or 4, or a larger card"):
+    with pytest.raises(InvalidInputError, match="use --weight-bits 8 or 4, a larger card, or more"):
         plan(llama, table["T4"])
     with pytest.raises(InvalidInputError, match="at most 131,072 tokens"):
         plan(llama, table["H100"], Workload(prompt=131072))

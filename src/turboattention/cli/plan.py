@@ -38,6 +38,9 @@ def plan(
     memory_share: Annotated[
         float, typer.Option("--memory-share", help="Of the card's memory, as vLLM's --gpu-memory-utilization.")
     ] = 0.9,
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", help="Cards that share every layer, as vLLM's.")
+    ] = 1,
     price: Annotated[
         float | None, typer.Option("--price", min=0, help="Dollars an hour instead of the table's.")
     ] = None,
@@ -64,7 +67,7 @@ def plan(
         )  # fmt: skip
     bits = 16.0 if weight_bits is None else weight_bits
     asked = max(1, min(LONG_PROMPT, facts.context - output)) if prompt is None else prompt
-    result = make(facts, card, Workload(asked, output, batch, max_batch, bits, memory_share))
+    result = make(facts, card, Workload(asked, output, batch, max_batch, bits, memory_share, tensor_parallel_size))
     if json_path:
         write_atomic(json_path, to_json(result.to_dict()))
     console = Console()

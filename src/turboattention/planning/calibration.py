@@ -29,6 +29,8 @@ class Calibration:
     unit_us: compressed pages, time of one sequence and KV head that short sequences cannot go below.
     append_us: of compressed pages, a layer and step. layer_us: everything else of a layer in a step.
     host_ms: a step takes no less, whatever the card does. prefill_share: of the dense compute.
+    exchange_us, link_share: cards that share a layer add up their results twice, which takes so long and a transfer at
+    that share of the speed between them; shared_bytes: what each then keeps beside reserve_bytes.
     reserve_bytes: memory that is neither weights nor cache. sources: the rows, in words.
     """
 
@@ -39,8 +41,15 @@ class Calibration:
     layer_us: float
     host_ms: float
     prefill_share: float
+    exchange_us: float
+    link_share: float
+    shared_bytes: int
     reserve_bytes: int
     sources: tuple[str, ...]
+
+    def reserved(self, ranks: int) -> int:
+        """Bytes of a card that are neither weights nor cache."""
+        return self.reserve_bytes + (self.shared_bytes if ranks > 1 else 0)
 
     def fit(self, form: Form) -> Fit | None:
         """The fit of a form, None where nothing was measured."""

@@ -19,7 +19,7 @@ FP8_FROM = 8.9
 class Gpu:
     """A row of the table; units as in ``gpus.toml``.
 
-    capability: CUDA's, 0 for a CPU. dense_tflops, price_per_hour: None where not known.
+    capability: CUDA's, 0 for a CPU. dense_tflops, price_per_hour, link_gbs: None where not known.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Gpu:
     capability: float
     source: str
     dense_tflops: float | None = None
+    link_gbs: float | None = None
     price_per_hour: float | None = None
     price_source: str = ""
 

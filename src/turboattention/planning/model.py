@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class ModelFacts:
     parameters: all of them. read_parameters: those that a step over one token reads or multiplies (not the embedding
         table, where the output has one of its own). expert_parameters: the part of these in experts, of which a token
         uses expert_share.
+    hidden: width of the state between layers. ranks: cards that share every layer; these are the numbers of one.
     context: most tokens that the model was made for. quantization: how the config says its weights are stored, or "".
     soft_capped: scores are, which the plugin of vLLM refuses.
     """
@@ -40,9 +41,11 @@ class ModelFacts:
     read_parameters: int
     expert_parameters: int
     expert_share: float
+    hidden: int
     context: int
     quantization: str = ""
     soft_capped: bool = False
+    ranks: int = 1
 
     @property
     def layers(self) -> int:
@@ -57,6 +60,21 @@ class ModelFacts:
     def full_layers(self) -> int:
         """Layers that see every token: those that are compressed."""
         return self.kinds.get(None, 0)
+
+    def split(self, ranks: int) -> "ModelFacts":
+        """What one of ``ranks`` cards has, as vLLM's tensor parallelism divides a model.
+
+        Weights and heads are shared out; of fewer KV heads than cards each card has one, which others have too.
+        Raises InvalidInputError where heads can't be.
+        """
+        if ranks < 1 or self.query_heads % ranks or (self.kv_heads % ranks and ranks % self.kv_heads):
+            heads = f"{self.query_heads} query and {self.kv_heads} KV heads"
+            raise invalid("tensor_parallel_size", f"a number of cards that can share {heads}", ranks)
+        return replace(
+            self, query_heads=self.query_heads // ranks, kv_heads=max(1, self.kv_heads // ranks), ranks=ranks,
+            parameters=-(-self.parameters // ranks), read_parameters=-(-self.read_parameters // ranks),
+            expert_parameters=-(-self.expert_parameters // ranks),
+        )  # fmt: skip
 
     def active_parameters(self, tokens: float) -> float:
         """Parameters that a step over ``tokens`` tokens reads: an expert that no token chose is not read."""
@@ -147,7 +165,7 @@ def facts(name: str, data: dict[str, Any]) -> ModelFacts:
         name=name, model_type=model_type, windows=windows, query_heads=int(text.num_attention_heads),
         kv_heads=shape.kv_heads, head_dim=shape.head_dim, parameters=total, read_parameters=total - untied,
         expert_parameters=experts, expert_share=_expert_share(text, experts),
-        context=int(getattr(text, "max_position_embeddings", 0) or 2**31 - 1),
+        hidden=int(text.hidden_size), context=int(getattr(text, "max_position_embeddings", 0) or 2**31 - 1),
         quantization=str(quantization.get("quant_method", "unknown")) if quantization else "",
         soft_capped=bool(getattr(text, "attn_logit_softcapping", None)),
     )  # fmt: skip

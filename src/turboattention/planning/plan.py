@@ -17,11 +17,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the card.
+    """What is asked of the card, or of several that share every layer.
 
     prompt, output: tokens of each request. batch: requests at once, at which all forms are compared; None: as many as
     fit in 16 bits. max_batch: the engine takes no more at once. weight_bits: of a stored weight. memory_share: of the
-    card's memory, as vLLM's --gpu-memory-utilization.
+    card's memory, as vLLM's --gpu-memory-utilization. tensor_parallel_size: cards, as vLLM's.
     """
 
     prompt: int = 8192
@@ -30,6 +30,7 @@ class Workload:
     max_batch: int = 256
     weight_bits: float = 16
     memory_share: float = 0.9
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         for name in ("prompt", "output", "batch", "max_batch"):
@@ -51,33 +52,44 @@ class Workload:
 def plan(
     model: ModelFacts, gpu: Gpu, workload: Workload | None = None, calibration: Calibration | None = None
 ) -> PlanResult:
-    """Everything about serving ``model`` on one ``gpu``.
+    """Everything about serving ``model`` on one ``gpu`` or several.
 
-    Raises InvalidInputError where the context is longer than the model was made for, or the weights leave no room.
+    Raises InvalidInputError where the context is longer than the model was made for, the weights leave no room, or
+    cards can't share the heads.
     """
     work, measured = workload or Workload(), calibration or load_calibration()
     if work.context > model.context:
         raise invalid(
             "prompt and output", f"at most {model.context:,} tokens, the context of {model.name}", work.context
         )
+    cards, whole = work.tensor_parallel_size, model
+    model = whole.split(cards)
     weights = model.parameters * work.weight_bits / 8
-    free = gpu.memory_bytes * work.memory_share - weights - measured.reserve_bytes
+    reserve = measured.reserved(model.ranks)
+    free = gpu.memory_bytes * work.memory_share - weights - reserve
     if free <= 0:
         raise InvalidInputError(
             f"memory of {gpu.name}: expected room for weights of {weights / _GIB:.1f} GiB and "
-            f"{measured.reserve_bytes / _GIB:.1f} GiB of the engine, received "
-            f"{gpu.memory_bytes * work.memory_share / _GIB:.1f} GiB; use --weight-bits 8 or 4, or a larger card"
+            f"{reserve / _GIB:.1f} GiB of the engine, received "
+            f"{gpu.memory_bytes * work.memory_share / _GIB:.1f} GiB; use --weight-bits 8 or 4, a larger card, or more "
+            "of them with --tensor-parallel-size"
         )
     fits = partial(largest_batch, model=model, free=free, tokens=work.context)
     batch = work.batch or max(1, min(fits(BF16), work.max_batch))
-    forms = tuple(_form_plan(form, model, gpu, measured, work, free, batch) for form in all_forms())
+    # transformers runs our caches on one card alone.
+    chosen = (form for form in all_forms() if form.serves or cards == 1)
+    forms = tuple(_form_plan(form, model, gpu, measured, work, free, batch) for form in chosen)
     grid = gains(model, gpu, measured, free, work.weight_bits, work.max_batch)
     return PlanResult(
-        model=model.name, parameters=model.parameters, layers=model.layers, compressed_layers=model.full_layers,
-        kv_heads=model.kv_heads, head_dim=model.head_dim, gpu=gpu.title, prompt=work.prompt, output=work.output,
-        batch=batch, max_batch=work.max_batch, weight_bytes=weights, free_bytes=free, forms=forms,
+        model=whole.name, parameters=whole.parameters, layers=model.layers, compressed_layers=model.full_layers,
+        kv_heads=whole.kv_heads, head_dim=model.head_dim, gpu=gpu.title, cards=cards, prompt=work.prompt,
+        output=work.output, batch=batch, max_batch=work.max_batch, weight_bytes=cards * weights,
+        free_bytes=cards * free, forms=forms,
         candidate=CANDIDATE, gains=grid,
-        notes=(*explain(model, gpu, measured, free, work.weight_bits, work.max_batch), *_notes(model, gpu, measured)),
+        notes=(
+            *explain(model, gpu, measured, free, work.weight_bits, work.max_batch),
+            *_notes(model, whole, gpu, measured),
+        ),
         sources=measured.sources,
     )  # fmt: skip
 
@@ -107,8 +119,8 @@ def _form_plan(
     own = 0 if reason else min(fits, work.max_batch)
     return FormPlan(
         name=form.name, runs_in="vLLM" if form.serves else "transformers",
-        bits_per_value=bits_per_value(form, model, work.context), token_bytes=token_bytes(form, model),
-        sequence_bytes=sequence_bytes(form, model, work.context), largest_batch=fits,
+        bits_per_value=bits_per_value(form, model, work.context), token_bytes=model.ranks * token_bytes(form, model),
+        sequence_bytes=model.ranks * sequence_bytes(form, model, work.context), largest_batch=fits,
         largest_context=largest_context(form, model, free, batch),
         same=_speed(form, model, gpu, measured, work, batch) if own >= batch else None,
         own=_speed(form, model, gpu, measured, work, own) if own else None,
@@ -120,29 +132,33 @@ def _speed(form: Form, model: ModelFacts, gpu: Gpu, measured: Calibration, work:
     middle = work.prompt + work.output // 2
     step = decode_step(form, model, gpu, measured, batch, middle, work.weight_bits)
     prompt = prompt_seconds(model, gpu, measured, work.prompt)
-    seconds = step.ms * 1e-3 / batch + prompt / work.output  # of the card, for a token of an answer
-    dollars = None if gpu.price_per_hour is None else gpu.price_per_hour / 3600 * seconds * 1e6
+    seconds = step.ms * 1e-3 / batch + prompt / work.output  # of the cards, for a token of an answer
+    dollars = None if gpu.price_per_hour is None else model.ranks * gpu.price_per_hour / 3600 * seconds * 1e6
     return Speed(
         batch=batch, ms_per_token=step.ms, bound=step.bound, first_token_ms=prompt * 1e3 + step.ms,
         tokens_per_s=1 / seconds, dollars_per_million=dollars,
-        kwh_per_million=gpu.power_w / 1000 / 3600 * seconds * 1e6,
+        kwh_per_million=model.ranks * gpu.power_w / 1000 / 3600 * seconds * 1e6,
     )  # fmt: skip
 
 
-def _notes(model: ModelFacts, gpu: Gpu, measured: Calibration) -> list[str]:
+def _notes(model: ModelFacts, whole: ModelFacts, gpu: Gpu, measured: Calibration) -> list[str]:
     notes = []
     if model.full_layers < model.layers:
         notes.append(
             f"{model.layers - model.full_layers} of {model.layers} layers have a sliding window: they stay at 16 bits "
             "and hold no more than their window."
         )
+    if model.ranks > 1:
+        repeated = model.kv_heads * model.ranks // whole.kv_heads
+        heads = f"; each KV head is held {repeated} times" if repeated > 1 else ""
+        notes.append(
+            f"{model.ranks} cards share every layer{heads}. What they send each other was measured on two H200 with "
+            "NVLink alone."
+        )
     if gpu.capability == 0:
         notes.append("On a CPU only sizes are planned: no engine was measured there.")
     elif gpu.name != measured.gpu:
-        notes.append(
-            "Nothing was measured on this card: times take its data sheet with the shares and latencies of "
-            f"{measured.gpu}."
-        )
+        notes.append(f"Times take this card's data sheet with shares and latencies measured on {measured.gpu}.")
     if gpu.capability:
         notes.append(
             "Energy is that of a card at its power limit: an upper bound. Prices are rents of a card; edit them."

@@ -10,8 +10,9 @@ SCHEMA = 1
 class Speed:
     """A full batch in the middle of its answers.
 
-    bound: what a step is spent on most: host, weights, compute, cache or launches. The last three count prompts too: of
-    each request its prompt is read once, while no other token is made. kwh_per_million: at the power limit of the card.
+    bound: what a step is spent on most: host, weights, compute, cache, launches or exchanges. The last three fields
+    count prompts too: of each request its prompt is read once, while no other token is made. kwh_per_million: at the
+    power limit of the cards.
     """
 
     batch: int
@@ -61,6 +62,7 @@ class Gain:
 class PlanResult:
     """Everything that ``turboattention plan`` found out.
 
+    cards: that share every layer; all bytes are those of all of them.
     weight_bytes, free_bytes: of the model, and what is left for the cache. candidate: the form of ``gains``.
     notes: what is assumed, and where nothing is gained, in sentences. sources: measured rows behind the times.
     """
@@ -72,6 +74,7 @@ class PlanResult:
     kv_heads: int
     head_dim: int
     gpu: str
+    cards: int
     prompt: int
     output: int
     batch: int

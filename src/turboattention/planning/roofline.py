@@ -4,11 +4,11 @@ A step is the slower of the host and the card. The card reads the weights once (
 longer), and in each layer reads the cache of every sequence and does the rest (norms, rotary embedding, launches):
 
     step  = max(host, max(weights / bandwidth, flops / compute)
-                      + layers * (rest + latency + cache / bandwidth [+ append]))
+                      + layers * (rest + latency + cache / bandwidth [+ append] [+ exchanges between cards]))
 
 Bandwidth and compute are the card's data sheet times measured shares; latencies are taken over as they are. Where the
 kernel has more to do for each value than to read it (FP8), compute takes the place of the cache's bandwidth. The prompt
-is compute alone.
+is compute and exchanges alone. Of several cards that share every layer (tensor parallelism) all do the same at once.
 """
 
 from typing import NamedTuple
@@ -38,6 +38,8 @@ def without_time(form: Form, model: ModelFacts, gpu: Gpu, calibration: Calibrati
         return "the plugin refuses soft-capped scores"
     if form == FP8 and gpu.capability < FP8_FROM:
         return f"needs compute capability {FP8_FROM}"
+    if model.ranks > 1 and gpu.link_gbs is None:
+        return "link_gbs of the card is not known"
     return None if calibration.fit(form) else "was not measured"
 
 
@@ -54,9 +56,10 @@ def decode_step(
         count * _attention(form, fit if window is None else plain, model, gpu, calibration, batch, tokens, window)
         for window, count in model.kinds.items()
     )
-    device = max(reading, multiplying) + rest + cache
+    exchanging = exchange_seconds(model, gpu, calibration, batch)
+    device = max(reading, multiplying) + rest + cache + exchanging
     host = calibration.host_ms * 1e-3
-    parts = {"weights": reading, "compute": multiplying, "cache": cache, "launches": rest}
+    parts = {"weights": reading, "compute": multiplying, "cache": cache, "launches": rest, "exchanges": exchanging}
     return Step(max(device, host) * 1e3, "host" if host >= device else max(parts, key=lambda name: parts[name]))
 
 
@@ -76,7 +79,22 @@ def _attention(
 
 def prompt_seconds(model: ModelFacts, gpu: Gpu, calibration: Calibration, tokens: int) -> float:
     """Reading a prompt; the way to store the cache changes nothing in it."""
-    return prompt_flops(model, tokens) / (_tflops(gpu) * 1e12 * calibration.prefill_share)
+    computing = prompt_flops(model, tokens) / (_tflops(gpu) * 1e12 * calibration.prefill_share)
+    return computing + exchange_seconds(model, gpu, calibration, tokens)
+
+
+def exchange_bytes(model: ModelFacts, tokens: int) -> float:
+    """What a card sends in one sum over all cards, in a ring, for ``tokens`` tokens in 16 bits."""
+    return 2 * (model.ranks - 1) / model.ranks * tokens * model.hidden * 2
+
+
+def exchange_seconds(model: ModelFacts, gpu: Gpu, calibration: Calibration, tokens: int) -> float:
+    """The sums over all cards behind attention and MLP of every layer; none with one card."""
+    if model.ranks == 1:
+        return 0.0
+    assert gpu.link_gbs is not None  # `without_time` has said why where it is
+    sending = exchange_bytes(model, tokens) / (gpu.link_gbs * 1e9 * calibration.link_share)
+    return 2 * model.layers * (calibration.exchange_us * 1e-6 + sending)
 
 
 def prompt_flops(model: ModelFacts, tokens: int) -> float:

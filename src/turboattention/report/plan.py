@@ -14,11 +14,12 @@ _BASELINE = "bf16"
 
 def print_plan(result: PlanResult, console: Console) -> None:
     """Sizes, speeds at one batch and at each largest batch, gains over a grid, then the notes."""
+    cards = f"{result.cards} x " if result.cards > 1 else ""
     console.print(
         Text(
             f"{printable(result.model)} · {result.parameters / 1e9:.2f}e9 parameters, {result.compressed_layers} of "
             f"{result.layers} layers compressed, {result.kv_heads} KV heads of {result.head_dim} · "
-            f"{printable(result.gpu)}: weights {result.weight_bytes / _GIB:.1f} GiB, room for the cache "
+            f"{cards}{printable(result.gpu)}: weights {result.weight_bytes / _GIB:.1f} GiB, room for the cache "
             f"{result.free_bytes / _GIB:.1f} GiB",
             style="bold",
         )
