@@ -73,7 +73,10 @@ def measured_ms(row: dict[str, str]) -> float:
 
 
 def noise_ms(row: dict[str, str]) -> float:
-    """What a single run can be off by: a step is the difference of two jobs, each of which varies by 0.3 % (``prefill_all``)."""
+    """What a single run can be off by.
+
+    A step is the difference of two jobs, each of which varies by 0.3 %, as ``prefill_all`` shows.
+    """
     if row["runs"] != "1" or not row["step_ms"]:
         return 0.0
     job = int(row["requests"]) * int(row["prompt_tokens"]) / float(row["prefill_tokens_per_s"])

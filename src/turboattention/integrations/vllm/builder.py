@@ -1,4 +1,7 @@
-"""What a step of the engine is, made once for all layers, outside of CUDA graphs."""
+"""What a step of the engine is, made once for all layers, outside of CUDA graphs.
+
+What imports vLLM's layers is imported where it is used: vLLM may ask for this backend before it has them.
+"""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from turboattention.integrations.vllm.watch import EngineWatch, StepWatch
 
 
-class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ignore[misc]  # as above
+class TurboMetadataBuilder(AttentionMetadataBuilder[TurboMetadata]):  # type: ignore[misc]  # vLLM is absent where types are checked
     """Builds `TurboMetadata` in buffers that keep their addresses, because captured graphs read them."""
 
     reorder_batch_threshold = 1
