@@ -1,5 +1,6 @@
 """Fixtures for all tests: fixed seeds, NaN in uninitialised memory for operators and caches, skips of GPU tests."""
 
+import gc
 import os
 import random
 from collections.abc import Callable
@@ -28,6 +29,12 @@ settings.load_profile("turboattention")
 
 TESTS = Path(__file__).parent
 NAN_MEMORY = (TESTS / "ops", TESTS / "kvcache", TESTS / "cpu")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: tests that collect garbage need not look through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from turboattention.quant.layout import PageLayout
 
 # Dependent launches begin with sm_90.
 OLD, NEW = (tuple(f"sm_{arch}" for arch in NVIDIA if (arch >= 90) == new) for new in (False, True))
+FEW = (("sm_80",), ("sm_90",))  # of variants that differ little from one that is compiled for all
 TYPES = {
     "q_ptr": "*fp16", "pool_ptr": "*i16", "table_ptr": "*i32", "lengths_ptr": "*i32", "page_tokens_ptr": "*i32",
     "starts_ptr": "*i32", "heads_ptr": "*i32", "tail_key_ptr": "*fp16", "tail_value_ptr": "*fp16",
@@ -79,30 +80,31 @@ def portable_variant(
 
 GROUPS = [
     gluon_variant("gluon turbo4", preset("turbo4"), 2.4),
-    gluon_variant("gluon turbo4 of an engine", preset("turbo4"), 2.4, rows=True, where=(("sm_80",), ("sm_90",))),
-    gluon_variant("gluon turbo2", preset("turbo2"), 2.6),
-    gluon_variant("gluon K4 V2", plain(4, 2), 2.1, where=(("sm_80",), NEW)),
+    gluon_variant("gluon turbo4 of an engine", preset("turbo4"), 2.4, rows=True, where=FEW),
+    gluon_variant("gluon turbo2", preset("turbo2"), 2.6, where=FEW),
+    gluon_variant("gluon K4 V2", plain(4, 2), 2.1, where=FEW),
     gluon_variant(
         "gluon int8 64, all flags",
         preset("int8", 64),
         3.6,
         ratio=3,
+        where=(("sm_86",), ("sm_90", "sm_120")),
         STARTS=True,
         WINDOW=True,
         SOFTCAP=True,
         PAGED=False,
         RING=False,
     ),
-    gluon_variant("gluon plain 4 D256", plain(4, 4, 256), 2.1, spills=60, where=(("sm_80",), ("sm_90",))),
-    portable_variant("portable plain 4", plain(4, 4), 2.6, spills=10),
+    gluon_variant("gluon plain 4 D256", plain(4, 4, 256), 2.1, spills=60, where=FEW),
+    portable_variant("portable plain 4", plain(4, 4), 2.6, spills=10, where=FEW),
     portable_variant("portable turbo4", preset("turbo4"), 3.0, spills=4),
-    portable_variant("portable turbo2", preset("turbo2"), 3.5, spills=16, where=(("sm_80",), ("sm_90",))),
+    portable_variant("portable turbo2", preset("turbo2"), 3.5, spills=16, where=FEW),
     portable_variant(
         "portable turbo3 80, all flags",
         preset("turbo3", 80),
         16.5,
         spills=120,
-        where=(("sm_80",), ("sm_90",)),
+        where=FEW,
         STARTS=True,
         WINDOW=True,
         SOFTCAP=True,

@@ -77,7 +77,8 @@ def merge(width: int, *, packed: bool) -> Variant:
 
 
 VARIANTS = [
-    *(attention(target, width, causal=True) for target in TARGETS for width in (64, 128, 256)),
+    *(attention(target, width, causal=True) for target in TARGETS for width in (128, 256)),
+    *(attention(target, 64, causal=True) for target in ("sm_80", "sm_90", "gfx942")),
     attention("sm_90", 128, causal=False),
     attention("sm_90", 128, causal=True, window=1024, packed=True),
     on_hopper(64, causal=True),

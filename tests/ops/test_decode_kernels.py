@@ -77,7 +77,7 @@ def test_decode(preset: str, head_dim: int, ratio: int, length: int):
     assert_like_the_definition(queries(kv, ratio), kv)
 
 
-@pytest.mark.parametrize(("ratio", "count"), [(1, 5), (3, 17), (16, 1), (33, 1), (7, 70)])
+@pytest.mark.parametrize(("ratio", "count"), [(1, 5), (3, 17), (16, 1), (33, 1), (7, 35)])
 def test_chunks_and_ratios(ratio: int, count: int):
     kv = filled(policy_of("turbo4"), 200, kv_heads=1)
     assert_like_the_definition(queries(kv, ratio, count), kv)
@@ -175,8 +175,7 @@ def paged(presets_of: CachedKV, lengths: tuple[int, ...], policy: Policy, **shap
 LENGTHS = (1, 63, 64, 65, 300, 129, 2)
 
 
-@pytest.mark.parametrize("programs", [1, 4, 40])
-@pytest.mark.parametrize("preset", ["turbo4", "turbo2"])
+@pytest.mark.parametrize(("preset", "programs"), [("turbo4", 1), ("turbo2", 4), ("turbo4", 40)])
 def test_paged_decode_of_a_ragged_batch(preset: str, programs: int):
     policy = policy_of(preset)
     kv = paged(filled(policy, 64), LENGTHS, policy)
