@@ -77,7 +77,7 @@ def test_decode(preset: str, head_dim: int, ratio: int, length: int):
     assert_like_the_definition(queries(kv, ratio), kv)
 
 
-@pytest.mark.parametrize(("ratio", "count"), [(1, 5), (3, 17), (16, 1), (33, 1), (7, 35)])
+@pytest.mark.parametrize(("ratio", "count"), [(1, 5), (3, 17), (16, 1), (33, 1), (7, 35), (1, 70)])
 def test_chunks_and_ratios(ratio: int, count: int):
     kv = filled(policy_of("turbo4"), 200, kv_heads=1)
     assert_like_the_definition(queries(kv, ratio, count), kv)
